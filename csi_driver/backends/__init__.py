@@ -1,0 +1,1 @@
+"""Where volumes live: one module per kind of pool."""

@@ -1,0 +1,1 @@
+"""Only the code in here touches the kernel or starts a process."""

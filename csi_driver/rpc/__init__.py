@@ -1,0 +1,1 @@
+"""The CSI protocol: messages in, messages out, and nothing else."""

@@ -1,0 +1,140 @@
+"""Jobs: work that may outlast the call that asked for it.
+
+A copy of a terabyte cannot end within a sidecar's fifteen seconds. It runs in a thread of its own; the call waits as long as it
+may and then answers ABORTED, and the retry joins the same job instead of starting it again. How a job ended is told to whoever
+asks next, so a failure that came between two retries is not lost.
+"""
+
+import contextvars
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from csi_driver.errors import OperationPending, TatamiError, Unavailable
+from csi_driver.linux.copies import Progress
+
+T = TypeVar("T")
+
+REPLY_MARGIN_SECONDS = 1.0
+"""How long before its deadline a call stops waiting, so that the answer still reaches the caller."""
+KEEP_FAILURE_SECONDS = 600.0
+
+_log = logging.getLogger(__name__)
+
+
+class JobCancelled(OperationPending):
+    """The job was told to stop: what it made is being deleted, or the driver shuts down."""
+
+
+@dataclass(eq=False)
+class Job(Generic[T]):
+    """One piece of work: shows its progress and listens for `cancelled`."""
+
+    key: str
+    progress: Progress = field(default_factory=Progress)
+    started: float = field(default_factory=time.monotonic)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    finished: threading.Event = field(default_factory=threading.Event)
+    result: T | None = None
+    error: BaseException | None = None
+    ended: float = 0.0
+
+    def should_stop(self) -> bool:
+        return self.cancelled.is_set()
+
+
+class Jobs:
+    """All jobs of this process, by key."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._jobs: dict[str, Job[object]] = {}
+        self._stopping = False
+
+    def run(self, key: str, work: Callable[[Job[T]], T], deadline: float) -> T:
+        """Start `work` as job `key`, or join the one that runs, and return its result.
+
+        `deadline` is a time.monotonic() value in seconds. Raises OperationPending when the job outlasts it, and what the job raised.
+        """
+        job = self._join_or_start(key, work)
+        if not job.finished.wait(max(0.0, deadline - REPLY_MARGIN_SECONDS - time.monotonic())):
+            raise OperationPending(f"{key} is being made ({job.progress}); the work goes on, try again")
+        self._forget(job)
+        if job.error is not None:
+            raise job.error
+        return job.result  # type: ignore[return-value]  # finished without an error: the result is there
+
+    def running(self) -> list[Job[object]]:
+        """List the jobs that have not ended."""
+        with self._guard:
+            return [job for job in self._jobs.values() if not job.finished.is_set()]
+
+    def find(self, key: str) -> Job[object] | None:
+        """Return the job `key` while it runs."""
+        with self._guard:
+            job = self._jobs.get(key)
+        return job if job is not None and not job.finished.is_set() else None
+
+    def cancel(self, key: str) -> None:
+        """Tell the job `key` to stop, if there is one; it ends soon after, not at once. A failure that nobody fetched is dropped."""
+        with self._guard:
+            job = self._jobs.get(key)
+            if job is None:
+                return
+            if job.finished.is_set():
+                del self._jobs[key]
+            job.cancelled.set()
+
+    def stop(self, timeout: float) -> None:
+        """Cancel all jobs and wait at most `timeout` seconds for them; no new one starts."""
+        with self._guard:
+            self._stopping = True
+        running = self.running()
+        for job in running:
+            job.cancelled.set()
+        until = time.monotonic() + timeout
+        for job in running:
+            job.finished.wait(max(0.0, until - time.monotonic()))
+
+    def _join_or_start(self, key: str, work: Callable[[Job[T]], T]) -> Job[T]:
+        with self._guard:
+            self._forget_old_failures()
+            found = self._jobs.get(key)
+            if found is not None:
+                return found  # type: ignore[return-value]  # one key stands for one kind of work
+            if self._stopping:
+                raise Unavailable("the driver is shutting down; try again")
+            job: Job[T] = Job(key)
+            self._jobs[key] = job  # type: ignore[assignment]
+        context = contextvars.copy_context()  # the request id stays in the job's log lines
+        threading.Thread(target=context.run, args=(self._work, job, work), name=f"job {key}", daemon=True).start()
+        return job
+
+    def _work(self, job: Job[T], work: Callable[[Job[T]], T]) -> None:
+        try:
+            job.result = work(job)
+            # Only failures are kept for whoever asks next: a success is in the records, and must not answer for a later namesake.
+            self._forget(job)
+        except (TatamiError, OSError) as error:
+            job.error = error
+            _log.info("job failed", extra={"job": job.key, "error": str(error)})
+        except BaseException as error:  # noqa: BLE001 - whoever joins raises it, and that call's log has the traceback
+            job.error = error
+        finally:
+            job.ended = time.monotonic()
+            job.finished.set()
+
+    def _forget(self, job: Job[T]) -> None:
+        with self._guard:
+            if self._jobs.get(job.key) is job:
+                del self._jobs[job.key]
+
+    def _forget_old_failures(self) -> None:
+        now = time.monotonic()
+        for key, job in list(self._jobs.items()):
+            if job.finished.is_set() and now - job.ended > KEEP_FAILURE_SECONDS:
+                del self._jobs[key]
+

@@ -1,0 +1,71 @@
+"""Keyed locks: one operation per volume at a time, in this process and across controllers.
+
+external-provisioner and external-snapshotter each elect their own leader, so two controllers can be asked about one volume at
+once. Nobody waits: the second caller is told that the first is at work, and the sidecar comes back.
+
+A lock is shared by those who only read a volume's content (a capture) and exclusive for those who change it.
+"""
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from csi_driver.errors import OperationPending
+from csi_driver.linux.files import ByteRangeLocks
+
+_EXCLUSIVE = -1
+
+
+class LockedStore(Protocol):
+    """A pool, as far as locks need it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def byte_range_locks(self) -> ByteRangeLocks: ...
+
+
+class KeyedLocks:
+    """Locks by pool and key. One for the whole process."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._holders: dict[tuple[str, str], int] = {}
+
+    @contextmanager
+    def hold(self, store: LockedStore, key: str, *, shared: bool = False) -> Iterator[None]:
+        """Hold `key` in `store` until the context ends.
+
+        Raises OperationPending (ABORTED, CSI spec "Concurrency") at once when this or another controller holds it.
+        """
+        place = (store.name, key)
+        with self._guard:
+            holders = self._holders.get(place, 0)
+            if holders == _EXCLUSIVE or (holders and not shared):
+                raise _pending(store, key)
+            self._holders[place] = holders + 1 if shared else _EXCLUSIVE
+        try:
+            # Processes are kept apart by the lock file, threads by the table: one byte of the file stands for one key.
+            with store.byte_range_locks.hold(_offset(key), shared=shared) as held:
+                if not held:
+                    raise _pending(store, key)
+                yield
+        finally:
+            with self._guard:
+                left = self._holders[place] - 1 if shared else 0
+                if left:
+                    self._holders[place] = left
+                else:
+                    del self._holders[place]
+
+
+def _pending(store: LockedStore, key: str) -> OperationPending:
+    return OperationPending(f"another operation works on {key} in pool {store.name}; try again")
+
+
+def _offset(key: str) -> int:
+    # 62 bits: off_t is signed, and the end of the one-byte range must not overflow. Two keys that meet cost a retry, no more.
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 2

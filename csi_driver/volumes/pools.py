@@ -1,0 +1,301 @@
+"""The pools and what is kept in them: `.csi`, its folders, and the one way in and out of the trash.
+
+    <pool root>/
+      .csi/                 0700, root only, outside whatever tenants can mount
+        format.json         which pool this is, and in which format
+        lock                one byte for each key that somebody holds
+        volumes/ snapshots/ groups/         records
+        retained/ archived/                 records that no longer answer to a name
+        snapshots-data/<id>/                the content of snapshots
+        staging/<id>.<token>/               content that is being made
+        trash/<id>.<token>/                 data and record of what was deleted, until the reaper has removed them
+      <directory of a volume>
+"""
+
+import json
+import os
+import secrets
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from csi_driver.backends.base import PoolBackend, Space
+from csi_driver.errors import FailedPrecondition, NotFound, RecordDamaged, ResourceExhausted, Unavailable, quoted
+from csi_driver.linux import files
+from csi_driver.linux.files import ByteRangeLocks
+from csi_driver.volumes.handles import Handle, derive_id, node_tag, parse_handle
+from csi_driver.volumes.model import GroupRecord, SnapshotRecord, Topology, VolumeRecord
+from csi_driver.volumes.records import RecordFolder
+
+CONTROL = ".csi"
+FORMAT_VERSION = 1
+VOLUMES, SNAPSHOTS, GROUPS = "volumes", "snapshots", "groups"
+RETAINED, ARCHIVED = "retained", "archived"
+SNAPSHOT_DATA, STAGING, TRASH = "snapshots-data", "staging", "trash"
+_FOLDERS = (VOLUMES, SNAPSHOTS, GROUPS, RETAINED, ARCHIVED, SNAPSHOT_DATA, STAGING, TRASH)
+ARCHIVE_DIRECTORY = "archived"
+"""Where, beside the volumes, the data of `onDelete: archive` goes."""
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def new_token() -> str:
+    """Draw what tells one creation, staging or deletion from the next of the same id."""
+    return secrets.token_hex(8)
+
+
+class PoolStore:
+    """One pool: its backend, its records and its control directory."""
+
+    def __init__(self, backend: PoolBackend, driver: str, node_id: str) -> None:
+        self.backend = backend
+        self.driver = driver
+        self.node_tag = node_tag(node_id) if backend.node_local else None
+        self.volumes = RecordFolder(VolumeRecord, f"{self.name}:{CONTROL}/{VOLUMES}", lambda: self.open(VOLUMES))
+        self.snapshots = RecordFolder(SnapshotRecord, f"{self.name}:{CONTROL}/{SNAPSHOTS}", lambda: self.open(SNAPSHOTS))
+        self.groups = RecordFolder(GroupRecord, f"{self.name}:{CONTROL}/{GROUPS}", lambda: self.open(GROUPS))
+
+    @property
+    def name(self) -> str:
+        return self.backend.name
+
+    @property
+    def byte_range_locks(self) -> ByteRangeLocks:
+        return ByteRangeLocks(str(self.backend.root() / CONTROL / "lock"))
+
+    def prepare(self, expected_identity: str | None = None) -> str:
+        """Make `.csi` where there is none, check the format, and return the pool's identity.
+
+        `expected_identity` is what this node saw in the pool before: a pool directory that has lost it is a disk that is not
+        mounted, and volumes must not be made below its mount point. Raises Unavailable then, and FailedPrecondition for a
+        format that a newer driver wrote.
+        """
+        self.backend.prepare()
+        root = self.backend.root()
+        control = root / CONTROL
+        identity = self._read_identity(control)
+        if expected_identity is not None and identity != expected_identity:
+            found = f"it has identity {identity}" if identity else f"there is no {CONTROL}/format.json"
+            raise Unavailable(
+                f"pool {self.name} at {root} is not the pool that this node knows (identity {expected_identity}; {found}): is its disk "
+                "mounted? If the pool was meant to be made anew, remove the pool from this node's `pools.json` and restart the driver"
+            )
+        control.mkdir(mode=0o700, exist_ok=True)
+        status = control.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+            raise FailedPrecondition(f"{control} must be a directory that belongs to the user the driver runs as")
+        control.chmod(0o700)
+        for folder in _FOLDERS:
+            (control / folder).mkdir(mode=0o700, exist_ok=True)
+        if identity is None:
+            identity = self._write_identity(control)
+        return identity
+
+    def _read_identity(self, control: Path) -> str | None:
+        try:
+            with _opened(str(control)) as folder:
+                body = json.loads(files.read_bounded(folder, "format.json", 65536))
+            version, identity = body["schema_version"], body["pool_id"]
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise RecordDamaged(f"{control}/format.json is damaged: {error!r}") from error
+        if version != FORMAT_VERSION:
+            raise FailedPrecondition(
+                f"pool {self.name} at {control.parent} is in format {version}, this driver knows {FORMAT_VERSION}: use the newer driver"
+            )
+        return str(identity)
+
+    def _write_identity(self, control: Path) -> str:
+        body = {"schema_version": FORMAT_VERSION, "pool_id": secrets.token_hex(16), "driver": self.driver, "pool": self.name}
+        with _opened(str(control)) as folder:
+            try:
+                files.create_exclusively(folder, "format.json", json.dumps(body, indent=1).encode() + b"\n", lambda _: False)
+            except FileExistsError:
+                pass  # another process of this node was quicker: its word holds
+        return self._read_identity(control) or ""
+
+    # --- ids and handles ----------------------------------------------------------------------------------------------------------
+
+    def id_of(self, kind: str, name: str) -> str:
+        return derive_id(kind, self.driver, self.node_tag, name)
+
+    def handle_of(self, record_id: str) -> str:
+        return str(Handle(self.name, record_id, self.node_tag))
+
+    # --- places -------------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def open(self, folder: str) -> Iterator[int]:
+        """Open a folder of `.csi`; Unavailable where it is not there: then the pool is not what it was, or not mounted."""
+        path = f"{self.backend.root()}/{CONTROL}/{folder}"
+        try:
+            descriptor = os.open(path, _DIRECTORY)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise Unavailable(f"pool {self.name} has no {path}: is its disk mounted?") from error
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def open_root(self) -> Iterator[int]:
+        """Open the pool's root."""
+        with _opened(str(self.backend.root())) as descriptor:
+            yield descriptor
+
+    @contextmanager
+    def open_parent(self, directory: str) -> Iterator[tuple[int, str]]:
+        """Open the folder that holds `directory` (relative to the root) and give it with the last component."""
+        parent, _, name = directory.rpartition("/")
+        with self.open_root() as root:
+            if not parent:
+                yield root, name
+                return
+            descriptor = files.open_beneath(root, parent, _DIRECTORY)
+            try:
+                yield descriptor, name
+            finally:
+                os.close(descriptor)
+
+    @contextmanager
+    def open_volume(self, directory: str) -> Iterator[int]:
+        """Open a volume's top directory. Raises NotFound."""
+        with self.open_root() as root:
+            try:
+                descriptor = files.open_beneath(root, directory, _DIRECTORY)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise NotFound(f"directory {quoted(directory)} is missing from pool {self.name}") from error
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def path_of(self, directory: str) -> Path:
+        """Say where a volume's directory lies, for people."""
+        return self.backend.root() / directory
+
+    def space(self) -> Space:
+        return self.backend.space()
+
+    # --- trash --------------------------------------------------------------------------------------------------------------------
+
+    def trash_staging(self, record_id: str, keep_token: str | None = None) -> None:
+        """Move what earlier attempts at `record_id` left in staging into the trash, but for the attempt `keep_token`."""
+        with self.open(STAGING) as staging:
+            for name in os.listdir(staging):
+                if name.startswith(record_id + ".") and name != f"{record_id}.{keep_token}":
+                    self._trash_data(staging, name, f"{record_id}.{new_token()}")
+
+    def trash_snapshot_data(self, record_id: str, trash_name: str) -> None:
+        with self.open(SNAPSHOT_DATA) as data:
+            self._trash_data(data, record_id, trash_name)
+
+    def trash_directory(self, directory: str, trash_name: str) -> None:
+        """Move a volume's directory to the trash; one that is gone already is fine."""
+        try:
+            with self.open_parent(directory) as (parent, name):
+                self._trash_data(parent, name, trash_name)
+        except FileNotFoundError:
+            return
+
+    def trash_record(self, records: RecordFolder[VolumeRecord] | RecordFolder[SnapshotRecord], record_id: str, trash_name: str) -> None:
+        """Move the record after its data: from here on the name is free, and the reaper may begin."""
+        with self._trash_entry(trash_name) as entry:
+            records.move(record_id, entry, "record.json")
+
+    def _trash_data(self, parent: int, name: str, trash_name: str) -> None:
+        with self._trash_entry(trash_name) as entry:
+            try:
+                os.rename(name, "data", src_dir_fd=parent, dst_dir_fd=entry)
+            except FileNotFoundError:
+                return
+            files.sync_directory(entry)
+            files.sync_directory(parent)
+
+    @contextmanager
+    def _trash_entry(self, trash_name: str) -> Iterator[int]:
+        with self.open(TRASH) as trash:
+            try:
+                os.mkdir(trash_name, 0o700, dir_fd=trash)
+                files.sync_directory(trash)
+            except FileExistsError:
+                pass
+            descriptor = os.open(trash_name, _DIRECTORY, dir_fd=trash)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    # --- topology -----------------------------------------------------------------------------------------------------------------
+
+    def reachable_from(self, requisite: tuple[Topology, ...]) -> bool:
+        """Tell whether one of the requisite topologies (none: everywhere) reaches this pool."""
+        own = self.backend.topology()
+        if own is None or not requisite:
+            return True
+        return any(all(segments.get(key) == value for key, value in own.items()) for segments in requisite)
+
+
+class Pools:
+    """All pools of an installation."""
+
+    def __init__(self, stores: Mapping[str, PoolStore], default: str | None) -> None:
+        self._stores = dict(sorted(stores.items()))
+        self.default = default
+
+    def __iter__(self) -> Iterator[PoolStore]:
+        return iter(self._stores.values())
+
+    def names(self) -> str:
+        return ", ".join(self._stores)
+
+    def find(self, name: str) -> PoolStore | None:
+        return self._stores.get(name)
+
+    def locate(self, text: str) -> tuple[PoolStore, str] | None:
+        """Find the pool and id of a handle; None for a handle that this driver cannot have given.
+
+        Raises FailedPrecondition for one of ours that cannot be served here: another node's, or of a pool that is not configured.
+        Neither is "not found": the data is somewhere.
+        """
+        handle = parse_handle(text)
+        if handle is None:
+            return None
+        store = self._stores.get(handle.pool)
+        if store is None:
+            raise FailedPrecondition(
+                f"{quoted(text)} is in pool {handle.pool}, which is not configured here (pools: {self.names()}): "
+                "its data may still exist; configure the pool again"
+            )
+        if handle.node_tag != store.node_tag:
+            raise ForeignNode(f"{quoted(text)} lives on another node (tag {handle.node_tag}, this node has {store.node_tag})")
+        return store, handle.id
+
+    def locate_source(self, text: str) -> tuple[PoolStore, str] | None:
+        """Like `locate`, but another node's content is RESOURCE_EXHAUSTED: external-provisioner then tries that node."""
+        try:
+            return self.locate(text)
+        except ForeignNode as error:
+            raise ResourceExhausted(f"the content source {error}") from error
+
+
+class ForeignNode(FailedPrecondition):
+    """The handle belongs to the same driver on another node."""
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[int]:
+    descriptor = os.open(path, _DIRECTORY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def volume_context(record: VolumeRecord) -> dict[str, str]:
+    """Say what a PV carries of its volume: words for people and for `kubectl describe`, never an address, never read back."""
+    return {"pool": record.pool, "layout": record.layout, "limiter": "none"}
+
+
