@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from csi_driver.errors import OperationPending, TatamiError, Unavailable
 from csi_driver.linux.copies import Progress
@@ -30,20 +30,26 @@ class JobCancelled(OperationPending):
 
 
 @dataclass(eq=False)
-class Job(Generic[T]):
-    """One piece of work: shows its progress and listens for `cancelled`."""
+class JobControl:
+    """What work sees of its job: where it shows its progress, and whether it was told to stop."""
 
     key: str
     progress: Progress = field(default_factory=Progress)
     started: float = field(default_factory=time.monotonic)
     cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def should_stop(self) -> bool:
+        return self.cancelled.is_set()
+
+
+@dataclass(eq=False)
+class Job(JobControl, Generic[T]):
+    """One piece of work that runs or has ended."""
+
     finished: threading.Event = field(default_factory=threading.Event)
     result: T | None = None
     error: BaseException | None = None
     ended: float = 0.0
-
-    def should_stop(self) -> bool:
-        return self.cancelled.is_set()
 
 
 class Jobs:
@@ -51,10 +57,10 @@ class Jobs:
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
-        self._jobs: dict[str, Job[object]] = {}
+        self._jobs: dict[str, Job[Any]] = {}
         self._stopping = False
 
-    def run(self, key: str, work: Callable[[Job[T]], T], deadline: float) -> T:
+    def run(self, key: str, work: Callable[[JobControl], T], deadline: float) -> T:
         """Start `work` as job `key`, or join the one that runs, and return its result.
 
         `deadline` is a time.monotonic() value in seconds. Raises OperationPending when the job outlasts it, and what the job raised.
@@ -67,12 +73,12 @@ class Jobs:
             raise job.error
         return job.result  # type: ignore[return-value]  # finished without an error: the result is there
 
-    def running(self) -> list[Job[object]]:
+    def running(self) -> list[Job[Any]]:
         """List the jobs that have not ended."""
         with self._guard:
             return [job for job in self._jobs.values() if not job.finished.is_set()]
 
-    def find(self, key: str) -> Job[object] | None:
+    def find(self, key: str) -> Job[Any] | None:
         """Return the job `key` while it runs."""
         with self._guard:
             job = self._jobs.get(key)
@@ -99,21 +105,21 @@ class Jobs:
         for job in running:
             job.finished.wait(max(0.0, until - time.monotonic()))
 
-    def _join_or_start(self, key: str, work: Callable[[Job[T]], T]) -> Job[T]:
+    def _join_or_start(self, key: str, work: Callable[[JobControl], T]) -> Job[T]:
         with self._guard:
             self._forget_old_failures()
             found = self._jobs.get(key)
             if found is not None:
-                return found  # type: ignore[return-value]  # one key stands for one kind of work
+                return found  # one key stands for one kind of work
             if self._stopping:
                 raise Unavailable("the driver is shutting down; try again")
             job: Job[T] = Job(key)
-            self._jobs[key] = job  # type: ignore[assignment]
+            self._jobs[key] = job
         context = contextvars.copy_context()  # the request id stays in the job's log lines
         threading.Thread(target=context.run, args=(self._work, job, work), name=f"job {key}", daemon=True).start()
         return job
 
-    def _work(self, job: Job[T], work: Callable[[Job[T]], T]) -> None:
+    def _work(self, job: Job[T], work: Callable[[JobControl], T]) -> None:
         try:
             job.result = work(job)
             # Only failures are kept for whoever asks next: a success is in the records, and must not answer for a later namesake.
@@ -137,4 +143,3 @@ class Jobs:
         for key, job in list(self._jobs.items()):
             if job.finished.is_set() and now - job.ended > KEEP_FAILURE_SECONDS:
                 del self._jobs[key]
-

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from csi_driver.errors import OperationPending
-from csi_driver.linux.files import ByteRangeLocks
+from csi_driver.linux.byte_range_locks import HeldLock
 
 _EXCLUSIVE = -1
 
@@ -24,8 +24,7 @@ class LockedStore(Protocol):
     @property
     def name(self) -> str: ...
 
-    @property
-    def byte_range_locks(self) -> ByteRangeLocks: ...
+    def try_hold(self, offset: int, *, shared: bool) -> HeldLock | None: ...
 
 
 class KeyedLocks:
@@ -49,9 +48,10 @@ class KeyedLocks:
             self._holders[place] = holders + 1 if shared else _EXCLUSIVE
         try:
             # Processes are kept apart by the lock file, threads by the table: one byte of the file stands for one key.
-            with store.byte_range_locks.hold(_offset(key), shared=shared) as held:
-                if not held:
-                    raise _pending(store, key)
+            held = store.try_hold(_offset(key), shared=shared)
+            if held is None:
+                raise _pending(store, key)
+            with held:
                 yield
         finally:
             with self._guard:

@@ -127,6 +127,7 @@ class CreateVolume:
     parameters: ClassParameters
     source: ContentSource | None = None
     requisite: tuple[Topology, ...] = ()
+    ephemeral: bool = False  # made for one pod and gone with it; never set by a CreateVolume call
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,9 @@ def _owner(field: str, value: str) -> int:
 def _mode(field: str, value: str) -> int:
     # Set-user-id on a directory means nothing on Linux; set-group-id and sticky do.
     if not re.fullmatch(r"[0-3]?[0-7]{3}", value, re.ASCII):
-        raise InvalidArgument.field(field, value, "an octal mode of three digits, or four from `0000` to `3777` (as `0770` or `2775`)")
+        raise InvalidArgument.field(
+            field, value, "an octal mode of three digits, or four from `0000` to `3777` (as `0770` or `2775`)"
+        )
     return int(value, 8)
 
 

@@ -1,29 +1,30 @@
 """The pools and what is kept in them: `.csi`, its folders, and the one way in and out of the trash.
 
-    <pool root>/
-      .csi/                 0700, root only, outside whatever tenants can mount
-        format.json         which pool this is, and in which format
-        lock                one byte for each key that somebody holds
-        volumes/ snapshots/ groups/         records
-        retained/ archived/                 records that no longer answer to a name
-        snapshots-data/<id>/                the content of snapshots
-        staging/<id>.<token>/               content that is being made
-        trash/<id>.<token>/                 data and record of what was deleted, until the reaper has removed them
-      <directory of a volume>
+<pool root>/
+  .csi/                 0700, root only, outside whatever tenants can mount
+    format.json         which pool this is, and in which format
+    lock                one byte for each key that somebody holds
+    volumes/ snapshots/ groups/         records
+    retained/ archived/                 records that no longer answer to a name
+    snapshots-data/<id>/                the content of snapshots
+    staging/<id>.<token>/               content that is being made
+    trash/<id>.<token>/                 data and record of what was deleted, until the reaper has removed them
+  <directory of a volume>
 """
 
 import json
 import os
 import secrets
 import stat
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from csi_driver.backends.base import PoolBackend, Space
 from csi_driver.errors import FailedPrecondition, NotFound, RecordDamaged, ResourceExhausted, Unavailable, quoted
 from csi_driver.linux import files
-from csi_driver.linux.files import ByteRangeLocks
+from csi_driver.linux.byte_range_locks import ByteRangeLocks, HeldLock
 from csi_driver.volumes.handles import Handle, derive_id, node_tag, parse_handle
 from csi_driver.volumes.model import GroupRecord, SnapshotRecord, Topology, VolumeRecord
 from csi_driver.volumes.records import RecordFolder
@@ -48,8 +49,9 @@ def new_token() -> str:
 class PoolStore:
     """One pool: its backend, its records and its control directory."""
 
-    def __init__(self, backend: PoolBackend, driver: str, node_id: str) -> None:
+    def __init__(self, backend: PoolBackend, driver: str, node_id: str, trash_filled: threading.Event) -> None:
         self.backend = backend
+        self._trash_filled = trash_filled
         self.driver = driver
         self.node_tag = node_tag(node_id) if backend.node_local else None
         self.volumes = RecordFolder(VolumeRecord, f"{self.name}:{CONTROL}/{VOLUMES}", lambda: self.open(VOLUMES))
@@ -60,9 +62,10 @@ class PoolStore:
     def name(self) -> str:
         return self.backend.name
 
-    @property
-    def byte_range_locks(self) -> ByteRangeLocks:
-        return ByteRangeLocks(str(self.backend.root() / CONTROL / "lock"))
+    def try_hold(self, offset: int, *, shared: bool) -> HeldLock | None:
+        """Take one byte of the pool's lock file, against every other process that serves the pool; None where it is taken."""
+        with self.open("") as control:
+            return ByteRangeLocks(control, "lock").try_hold(offset, shared=shared)
 
     def prepare(self, expected_identity: str | None = None) -> str:
         """Make `.csi` where there is none, check the format, and return the pool's identity.
@@ -109,11 +112,9 @@ class PoolStore:
 
     def _write_identity(self, control: Path) -> str:
         body = {"schema_version": FORMAT_VERSION, "pool_id": secrets.token_hex(16), "driver": self.driver, "pool": self.name}
-        with _opened(str(control)) as folder:
-            try:
-                files.create_exclusively(folder, "format.json", json.dumps(body, indent=1).encode() + b"\n", lambda _: False)
-            except FileExistsError:
-                pass  # another process of this node was quicker: its word holds
+        # FileExistsError: another process of this node was quicker, and its word holds.
+        with _opened(str(control)) as folder, suppress(FileExistsError):
+            files.create_exclusively(folder, "format.json", json.dumps(body, indent=1).encode() + b"\n", lambda _: False)
         return self._read_identity(control) or ""
 
     # --- ids and handles ----------------------------------------------------------------------------------------------------------
@@ -200,10 +201,13 @@ class PoolStore:
         except FileNotFoundError:
             return
 
-    def trash_record(self, records: RecordFolder[VolumeRecord] | RecordFolder[SnapshotRecord], record_id: str, trash_name: str) -> None:
+    def trash_record(
+        self, records: RecordFolder[VolumeRecord] | RecordFolder[SnapshotRecord], record_id: str, trash_name: str
+    ) -> None:
         """Move the record after its data: from here on the name is free, and the reaper may begin."""
         with self._trash_entry(trash_name) as entry:
             records.move(record_id, entry, "record.json")
+        self._trash_filled.set()
 
     def _trash_data(self, parent: int, name: str, trash_name: str) -> None:
         with self._trash_entry(trash_name) as entry:
@@ -213,6 +217,7 @@ class PoolStore:
                 return
             files.sync_directory(entry)
             files.sync_directory(parent)
+        self._trash_filled.set()
 
     @contextmanager
     def _trash_entry(self, trash_name: str) -> Iterator[int]:
@@ -297,5 +302,3 @@ def _opened(path: str) -> Iterator[int]:
 def volume_context(record: VolumeRecord) -> dict[str, str]:
     """Say what a PV carries of its volume: words for people and for `kubectl describe`, never an address, never read back."""
     return {"pool": record.pool, "layout": record.layout, "limiter": "none"}
-
-

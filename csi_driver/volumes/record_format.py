@@ -31,25 +31,29 @@ def encode(record: object) -> bytes:
 def decode(kind: type[R], data: bytes, place: str) -> R:
     """Decode what `encode` wrote; raises RecordDamaged naming `place` and what is wrong."""
     try:
-        body = json.loads(data)
-        if not isinstance(body, dict):
-            raise _Wrong("it is not an object")
-        version = body.pop("schema_version", None)
-        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-            raise _Wrong("schema_version is missing")
-        if version > SCHEMA_VERSION:
-            raise _Wrong(f"schema_version is {version}, this driver knows {SCHEMA_VERSION}: a newer driver wrote it")
-        for step in range(version, SCHEMA_VERSION):
-            body = MIGRATIONS[step](body)
-        if body.pop("kind", None) != _kind(kind):
-            raise _Wrong(f"it is not a {_kind(kind)} record")
-        return cast("R", _parse(kind, body, ""))
+        return cast("R", _parse(kind, _migrated(kind, json.loads(data)), ""))
     except (ValueError, RecursionError, _Wrong) as error:
         raise RecordDamaged(f"{place} is damaged: {error}") from error
 
 
 class _Wrong(Exception):
     pass
+
+
+def _migrated(kind: type, body: object) -> dict[str, Any]:
+    """Strip the envelope and lift the body to the present schema."""
+    if not isinstance(body, dict):
+        raise _Wrong("it is not an object")
+    version = body.pop("schema_version", None)
+    if type(version) is not int or version < 1:
+        raise _Wrong("schema_version is missing")
+    if version > SCHEMA_VERSION:
+        raise _Wrong(f"schema_version is {version}, this driver knows {SCHEMA_VERSION}: a newer driver wrote it")
+    for step in range(version, SCHEMA_VERSION):
+        body = MIGRATIONS[step](body)
+    if body.pop("kind", None) != _kind(kind):
+        raise _Wrong(f"it is not a {_kind(kind)} record")
+    return body
 
 
 def _kind(record: type) -> str:
@@ -59,7 +63,9 @@ def _kind(record: type) -> str:
 def _plain(value: Any) -> Any:  # noqa: ANN401 - JSON is what it is
     if is_dataclass(value) and not isinstance(value, type):
         return {
-            f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.default is MISSING or getattr(value, f.name) != f.default
+            f.name: _plain(getattr(value, f.name))
+            for f in fields(value)
+            if f.default is MISSING or getattr(value, f.name) != f.default
         }
     if isinstance(value, Enum):
         return value.value
@@ -103,7 +109,7 @@ def _parse_object(kind: type, value: Any, place: str) -> Any:  # noqa: ANN401
         raise _Wrong(f"{place or 'it'} is not an object")
     hints = _hints(kind)
     if unknown := set(value) - set(hints):
-        raise _Wrong(f"{place} has the unknown field {sorted(unknown)[0]!r}")
+        raise _Wrong(f"{place} has the unknown field {min(unknown)!r}")
     for f in fields(kind):
         if f.name not in value and f.default is MISSING and f.default_factory is MISSING:
             raise _Wrong(f"{place} lacks {f.name!r}")

@@ -57,9 +57,10 @@ class RecordFolder(Generic[R]):
 
         with self._open() as folder:
             try:
-                return files.create_exclusively(folder, record.id + _SUFFIX, record_format.encode(record), ours)
+                files.create_exclusively(folder, record.id + _SUFFIX, record_format.encode(record), ours)
             except FileExistsError:
                 return False
+        return True
 
     def replace(self, record: R) -> R:
         """Put a record in place of the one with its id, in one step, durably. Returns it."""

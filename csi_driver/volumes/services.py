@@ -32,7 +32,7 @@ from csi_driver.volumes.model import (
 
 
 class VolumeService(Protocol):
-    """provisioner.py"""
+    """Implemented in `provisioner.py`."""
 
     def create(self, request: CreateVolume, deadline: float) -> Volume: ...
     def delete(self, handle: str) -> None: ...
@@ -48,9 +48,11 @@ class VolumeService(Protocol):
 
 
 class AttachmentService(Protocol):
-    """attachments.py"""
+    """Implemented in `attachments.py`."""
 
-    def publish(self, handle: str, publication: NodePublication, capability: Capability, context: Mapping[str, str]) -> Mapping[str, str]:
+    def publish(
+        self, handle: str, publication: NodePublication, capability: Capability, context: Mapping[str, str]
+    ) -> Mapping[str, str]:
         """Return the publish_context."""
 
     def unpublish(self, handle: str, node_id: str) -> None:
@@ -58,7 +60,7 @@ class AttachmentService(Protocol):
 
 
 class SnapshotService(Protocol):
-    """snapshots.py"""
+    """Implemented in `snapshots.py`."""
 
     def create(self, request: CreateSnapshot, deadline: float) -> Snapshot: ...
     def delete(self, handle: str) -> None: ...
@@ -68,7 +70,7 @@ class SnapshotService(Protocol):
 
 
 class GroupService(Protocol):
-    """groups.py"""
+    """Implemented in `groups.py`."""
 
     def create(self, name: str, source_handles: Sequence[str], deadline: float) -> GroupSnapshot: ...
     def delete(self, handle: str, snapshot_handles: Sequence[str]) -> None: ...
@@ -76,13 +78,15 @@ class GroupService(Protocol):
 
 
 class CapacityService(Protocol):
-    """capacity.py"""
+    """Implemented in `capacity.py`."""
 
-    def available(self, parameters: ClassParameters, capabilities: Sequence[Capability], topology: Topology | None) -> Capacity: ...
+    def available(
+        self, parameters: ClassParameters, capabilities: Sequence[Capability], topology: Topology | None
+    ) -> Capacity: ...
 
 
 class HealthService(Protocol):
-    """health.py"""
+    """Implemented in `health.py`."""
 
     def volume(self, handle: str) -> VolumeHealth: ...
     def list(self, page: Page) -> tuple[Sequence[VolumeHealth], str]:
@@ -94,14 +98,14 @@ class HealthService(Protocol):
 
 
 class NodeService(Protocol):
-    """publisher.py"""
+    """Implemented in `publisher.py`."""
 
     def info(self) -> NodeInfo: ...
     def stage(self, request: StageVolume) -> None: ...
     def unstage(self, handle: str, staging_path: str) -> None: ...
     def publish(self, request: PublishVolume) -> None: ...
     def unpublish(self, handle: str, target_path: str) -> None: ...
-    def stats(self, handle: str, volume_path: str, staging_path: str, deadline: float) -> VolumeStats: ...
+    def stats(self, handle: str, volume_path: str, deadline: float) -> VolumeStats: ...
     def health(self, handle: str, publish_path: str, staging_path: str) -> VolumeHealth: ...
     def expand(self, handle: str, volume_path: str, capacity: CapacityRange) -> int: ...
 

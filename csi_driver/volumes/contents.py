@@ -1,0 +1,252 @@
+"""Making content: built out of sight in `staging/`, complete and on disk, then moved into place in one step.
+
+Nobody ever sees half a volume: until the move the content has no name that a tenant can mount, and after it the content is whole.
+A crash in between leaves a staging directory, which the retry or the sweeper throws away.
+"""
+
+import os
+import stat
+from dataclasses import dataclass, replace
+from typing import Self
+
+from csi_driver.errors import FailedPrecondition, InvalidArgument, NotFound, quoted
+from csi_driver.linux import files
+from csi_driver.linux.copies import copy_tree
+from csi_driver.linux.trees import apply_owner_and_mode
+from csi_driver.volumes.jobs import JobCancelled, JobControl
+from csi_driver.volumes.locks import KeyedLocks
+from csi_driver.volumes.model import CaptureReport, Ownership, SourceKind, VolumeRecord
+from csi_driver.volumes.pools import SNAPSHOT_DATA, STAGING, PoolStore
+
+_NEW_VOLUME_MODE = 0o755
+_PARENT_MODE = 0o755
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@dataclass(frozen=True)
+class Source:
+    """Content that exists: a volume's `directory` (relative to the root), or a snapshot's id."""
+
+    store: PoolStore
+    kind: SourceKind
+    record_id: str
+    directory: str = ""
+
+    @property
+    def lock_key(self) -> str:
+        return content_key(self.record_id)
+
+
+def content_key(record_id: str) -> str:
+    """Name the lock that a capture shares and a deletion needs alone."""
+    return f"content:{record_id}"
+
+
+class Contents:
+    """Builds content and moves it into place."""
+
+    def __init__(self, locks: KeyedLocks) -> None:
+        self._locks = locks
+        # Parents of templated directories that were seen to be no volume: a parent stays none for as long as it exists.
+        self._known_parents: set[tuple[str, int]] = set()
+
+    # --- build --------------------------------------------------------------------------------------------------------------------
+
+    def make_empty(self, store: PoolStore, record: VolumeRecord) -> None:
+        """Make an empty directory in staging, with the owner and mode that the class asks for."""
+        store.trash_staging(record.id)
+        with store.open(STAGING) as staging:
+            name = _staging_name(record.id, record.token)
+            os.mkdir(name, 0o700, dir_fd=staging)
+            self._dress(staging, name, replace(record.ownership, mode=record.ownership.mode or _NEW_VOLUME_MODE))
+
+    def copy(
+        self, store: PoolStore, record_id: str, token: str, source: Source, ownership: Ownership | None, job: JobControl
+    ) -> CaptureReport:
+        """Copy `source` into staging, all of it or nothing, and bring it to disk.
+
+        Raises NotFound when the source is gone, OperationPending when something changes it, JobCancelled, OSError (ENOSPC, EDQUOT,
+        EIO). The source is held for reading: it cannot be deleted meanwhile.
+        """
+        store.trash_staging(record_id)
+        name = _staging_name(record_id, token)
+        with (
+            self._locks.hold(source.store, source.lock_key, shared=True),
+            _open_source(source) as origin,
+            store.open(STAGING) as staging,
+        ):
+            os.mkdir(name, 0o700, dir_fd=staging)
+            with _Descriptor(os.open(name, _DIRECTORY, dir_fd=staging)) as target:
+                report = copy_tree(origin.fd, target.fd, progress=job.progress, should_stop=job.should_stop)
+                if job.should_stop():
+                    raise JobCancelled(f"the copy for {record_id} was stopped")
+                files.sync_filesystem(target.fd)
+            self._dress(staging, name, ownership or Ownership())
+        return CaptureReport(report.method, report.files, report.bytes, dict(report.not_carried))
+
+    def _dress(self, staging: int, name: str, ownership: Ownership) -> None:
+        with _Descriptor(os.open(name, _DIRECTORY, dir_fd=staging)) as top:
+            apply_owner_and_mode(top.fd, ownership.uid, ownership.gid, ownership.mode)
+            os.fsync(top.fd)
+        files.sync_directory(staging)
+
+    def discard(self, store: PoolStore, record_id: str) -> None:
+        """Throw away what is being built for `record_id`."""
+        store.trash_staging(record_id)
+
+    # --- move into place ----------------------------------------------------------------------------------------------------------
+
+    def is_in_place(self, store: PoolStore, record: VolumeRecord) -> bool:
+        """Tell whether the content of a volume that is being created was moved into place before a crash."""
+        if not record.claimed or record.content_inode is None:
+            return False
+        try:
+            with store.open_volume(record.directory) as top:
+                return os.fstat(top).st_ino == record.content_inode
+        except NotFound:
+            return False
+
+    def place_volume(self, store: PoolStore, record: VolumeRecord) -> VolumeRecord:
+        """Move built content to the volume's directory, which must not exist. Returns the record as it now is.
+
+        Raises InvalidArgument for a directory that exists already (it is never adopted) or lies inside another volume.
+        """
+        with self._locks.hold(store, f"directory:{record.directory}"):
+            self._make_parents(store, record.directory)
+            with store.open_parent(record.directory) as (parent, name), store.open(STAGING) as staging:
+                staged = _staging_name(record.id, record.token)
+                claimed_before = self._check_free(store, record, parent, name)
+                inode = os.stat(staged, dir_fd=staging, follow_symlinks=False).st_ino
+                # The claim is on disk before the directory: after a crash, an empty directory of that name is known to be ours.
+                record = store.volumes.replace(replace(record, claimed=True, content_inode=inode))
+                if not claimed_before:
+                    try:
+                        os.mkdir(name, 0o700, dir_fd=parent)
+                    except FileExistsError:
+                        raise _exists(store, record.directory) from None
+                files.move_into_place(staging, staged, parent, name)
+        return record
+
+    def place_snapshot(self, store: PoolStore, record_id: str, token: str) -> None:
+        """Move built content to the snapshot's place."""
+        with store.open(STAGING) as staging, store.open(SNAPSHOT_DATA) as data:
+            os.rename(_staging_name(record_id, token), record_id, src_dir_fd=staging, dst_dir_fd=data)
+            files.sync_directory(data)
+            files.sync_directory(staging)
+
+    def has_snapshot(self, store: PoolStore, record_id: str) -> bool:
+        """Tell whether a snapshot's content is in place: it gets there complete or not at all."""
+        with store.open(SNAPSHOT_DATA) as data:
+            return _exists_at(data, record_id)
+
+    def release_claim(self, store: PoolStore, record: VolumeRecord) -> None:
+        """Remove the empty directory that a creation which now fails had claimed."""
+        if not record.claimed:
+            return
+        try:
+            with store.open_parent(record.directory) as (parent, name):
+                os.rmdir(name, dir_fd=parent)
+        except OSError:
+            return  # not empty, or not there: not ours to remove
+
+    def _check_free(self, store: PoolStore, record: VolumeRecord, parent: int, name: str) -> bool:
+        """Return whether the name is taken by our own empty claim from before a crash; raise where it is anybody else's."""
+        if not _exists_at(parent, name):
+            return False
+        if not (record.claimed and _is_empty_directory(parent, name)):
+            raise _exists(store, record.directory)
+        # Ours if nobody else says so: we had claimed the name before a crash, but another volume may have taken it since.
+        for other in store.volumes.readable():
+            if other.id != record.id and other.directory == record.directory:
+                raise _exists(store, record.directory)
+        return True
+
+    def _make_parents(self, store: PoolStore, directory: str) -> None:
+        parent = directory.rpartition("/")[0]
+        if not parent:
+            return
+        components = parent.split("/")
+        with store.open_root() as root:
+            for depth in range(1, len(components) + 1):
+                self._check_parent(store, root, "/".join(components[:depth]), directory)
+            try:
+                files.make_directories_beneath(root, parent, _PARENT_MODE, exclusive=False)
+            except (NotADirectoryError, FileExistsError) as error:
+                raise InvalidArgument(
+                    f"directory {quoted(directory)}: a part of it is no directory in pool {store.name}"
+                ) from error
+
+    def _check_parent(self, store: PoolStore, root: int, parent: str, directory: str) -> None:
+        try:
+            descriptor = files.open_beneath(root, parent, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise InvalidArgument(f"directory {quoted(directory)}: {parent} is no directory in pool {store.name}") from error
+        with _Descriptor(descriptor) as found:
+            known = (store.name, os.fstat(found.fd).st_ino)
+        if known in self._known_parents:
+            return
+        # A directory inside a volume would belong to that volume's tenant: whatever he likes, he could put in its place.
+        for other in store.volumes.readable():
+            if other.directory == parent:
+                raise InvalidArgument(
+                    f"directory {quoted(directory)} would lie inside volume {other.handle} ({other.directory}) of pool {store.name}"
+                )
+        self._known_parents.add(known)
+
+
+# --- small things -----------------------------------------------------------------------------------------------------------------
+
+
+class _Descriptor:
+    """A file descriptor that closes itself."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
+
+
+def _open_source(source: Source) -> _Descriptor:
+    try:
+        if source.kind is SourceKind.SNAPSHOT:
+            with source.store.open(SNAPSHOT_DATA) as data:
+                return _Descriptor(os.open(source.record_id, _DIRECTORY, dir_fd=data))
+        with source.store.open_root() as root:
+            return _Descriptor(files.open_beneath(root, source.directory, _DIRECTORY))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FailedPrecondition(
+            f"the content of {source.kind} {source.record_id} is missing from pool {source.store.name}"
+        ) from error
+
+
+def _staging_name(record_id: str, token: str) -> str:
+    return f"{record_id}.{token}"
+
+
+def _exists(store: PoolStore, directory: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"directory {quoted(directory)} exists already in pool {store.name}: an existing directory is never taken for a new volume; "
+        "choose another `directory`, or offer this one as a static volume"
+    )
+
+
+def _exists_at(parent: int, name: str) -> bool:
+    try:
+        os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _is_empty_directory(parent: int, name: str) -> bool:
+    status = os.stat(name, dir_fd=parent, follow_symlinks=False)
+    if not stat.S_ISDIR(status.st_mode):
+        return False
+    with _Descriptor(os.open(name, _DIRECTORY, dir_fd=parent)) as found:
+        return not os.listdir(found.fd)

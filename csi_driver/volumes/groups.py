@@ -1,0 +1,188 @@
+"""Group snapshots: the snapshots of several volumes, which exist all together or not at all."""
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+from csi_driver.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, quoted
+from csi_driver.volumes.handles import GROUP, SNAPSHOT
+from csi_driver.volumes.jobs import JobControl, Jobs
+from csi_driver.volumes.locks import KeyedLocks
+from csi_driver.volumes.model import GroupRecord, GroupSnapshot, Phase, SnapshotRecord, VolumeRecord
+from csi_driver.volumes.pools import Pools, PoolStore, new_token
+from csi_driver.volumes.removal import SnapshotRemoval
+from csi_driver.volumes.snapshots import Snapshots, show
+from csi_driver.volumes.sources import Sources
+
+
+class Groups:
+    """The GroupService (services.py)."""
+
+    def __init__(
+        self, pools: Pools, locks: KeyedLocks, jobs: Jobs, snapshots: Snapshots, sources: Sources, removal: SnapshotRemoval
+    ) -> None:
+        self._pools = pools
+        self._locks = locks
+        self._jobs = jobs
+        self._snapshots = snapshots
+        self._sources = sources
+        self._removal = removal
+
+    def create(self, name: str, source_handles: Sequence[str], deadline: float) -> GroupSnapshot:
+        """Cut the snapshots of all sources, or return those that this request cut before.
+
+        Raises AlreadyExists for a name that other sources took, InvalidArgument for sources of several pools, NotFound,
+        OperationPending while the copies run.
+        """
+        wanted = tuple(sorted(set(source_handles)))
+        found = self._find_name(name, wanted)
+        if found is not None and found[1].phase is Phase.READY:
+            return self._show(*found)
+        store = self._one_pool([self._sources.volume(handle) for handle in wanted])
+        group_id = store.id_of(GROUP, name)
+        return self._jobs.run(group_id, lambda job: self._create_locked(store, group_id, name, wanted, job), deadline)
+
+    def get(self, handle: str, snapshot_handles: Sequence[str]) -> GroupSnapshot:
+        """Return a group. Raises NotFound; InvalidArgument where `snapshot_handles` are given and are not its members."""
+        located = self._pools.locate(handle)
+        record = located[0].groups.get(located[1]) if located else None
+        if located is None or record is None or record.phase is not Phase.READY:
+            raise NotFound(f"group snapshot {quoted(handle)} does not exist")
+        _require_members(record, snapshot_handles)
+        return self._show(located[0], record)
+
+    def delete(self, handle: str, snapshot_handles: Sequence[str]) -> None:
+        """Delete a group with its members; one that does not exist is deleted already.
+
+        Raises InvalidArgument for foreign members, FailedPrecondition while a restore reads one.
+        """
+        located = self._pools.locate(handle)
+        if located is None:
+            return
+        store, group_id = located
+        self._jobs.cancel(group_id)
+        with self._locks.hold(store, f"group:{group_id}"):
+            record = store.groups.get(group_id)
+            if record is None:
+                return
+            _require_members(record, snapshot_handles)
+            self.finish_removal(store, record)
+
+    def finish_removal(self, store: PoolStore, record: GroupRecord) -> None:
+        """Complete the removal of a group; the caller holds its lock. Every step may have been done before."""
+        with ExitStack() as held:
+            members = []
+            for member_id in _member_ids(record):
+                held.enter_context(self._locks.hold(store, f"snapshot:{member_id}"))
+                if member := store.snapshots.get(member_id):
+                    members.append(member)
+            if record.phase is not Phase.DELETING:
+                record = store.groups.replace(replace(record, phase=Phase.DELETING))
+            for member in members:
+                self._removal.remove(store, member)
+        store.groups.remove(record.id)
+
+    # --- create, step by step -------------------------------------------------------------------------------------------------------
+
+    def _find_name(self, name: str, sources: tuple[str, ...]) -> tuple[PoolStore, GroupRecord] | None:
+        for store in self._pools:
+            record = store.groups.get(store.id_of(GROUP, name))
+            if record is None or record.phase is Phase.DELETING:
+                continue
+            if record.sources != sources:
+                raise AlreadyExists(f"group snapshot {quoted(name)} exists as {record.handle}, of {', '.join(record.sources)}")
+            return store, record
+        return None
+
+    def _one_pool(self, found: Sequence[tuple[PoolStore, VolumeRecord]]) -> PoolStore:
+        if not found:
+            raise InvalidArgument("source_volume_ids is empty: a group snapshot needs at least one volume")
+        names = sorted({store.name for store, _ in found})
+        if len(names) > 1:
+            raise InvalidArgument(
+                f"source_volume_ids lie in the pools {', '.join(names)}: a group snapshot is of volumes of one pool"
+            )
+        return found[0][0]
+
+    def _create_locked(
+        self, store: PoolStore, group_id: str, name: str, sources: tuple[str, ...], job: JobControl
+    ) -> GroupSnapshot:
+        with self._locks.hold(store, f"group:{group_id}"):
+            record = store.groups.get(group_id)
+            if record is not None and record.phase is Phase.DELETING:
+                self.finish_removal(store, record)
+                record = None
+            if record is None:
+                record = self._begin(store, group_id, name, sources)
+            if record.phase is Phase.CREATING:
+                try:
+                    self._cut_all(store, record, job)
+                except BaseException:
+                    self._give_up(store, record)
+                    raise
+            return self._show(store, store.groups.replace(replace(record, phase=Phase.READY)))
+
+    def _begin(self, store: PoolStore, group_id: str, name: str, sources: tuple[str, ...]) -> GroupRecord:
+        handle = store.handle_of(group_id)
+        members = tuple(store.handle_of(_member_id(store, group_id, source)) for source in sources)
+        record = GroupRecord(
+            id=group_id,
+            handle=handle,
+            name=name,
+            driver=store.driver,
+            pool=store.name,
+            token=new_token(),
+            phase=Phase.CREATING,
+            created_at_ns=time.time_ns(),
+            sources=sources,
+            members=members,
+        )
+        if not store.groups.add(record):
+            raise AlreadyExists(f"group snapshot {quoted(name)} is being made by another controller")
+        return record
+
+    def _cut_all(self, store: PoolStore, record: GroupRecord, job: JobControl) -> None:
+        cut: list[SnapshotRecord] = []
+        with ExitStack() as held:
+            for member_id in _member_ids(record):
+                held.enter_context(self._locks.hold(store, f"snapshot:{member_id}"))
+            for member_id, source_handle in zip(_member_ids(record), record.sources, strict=True):
+                member = store.snapshots.get(member_id)
+                if member is None:
+                    _, source = self._sources.volume(source_handle)
+                    member = self._snapshots.begin(store, member_id, f"{record.name}/{source_handle}", source, record.handle)
+                cut.append(self._snapshots.cut(store, member, job))
+            # Not one is shown before all are cut; after a crash from here on, the retry finds each in place and goes on.
+            for member in cut:
+                store.snapshots.replace(replace(member, phase=Phase.READY))
+
+    def _give_up(self, store: PoolStore, record: GroupRecord) -> None:
+        for member_id in _member_ids(record):
+            self._snapshots.give_up(store, member_id)
+        store.groups.remove(record.id)
+
+    def _show(self, store: PoolStore, record: GroupRecord) -> GroupSnapshot:
+        members = [store.snapshots.get(member_id) for member_id in _member_ids(record)]
+        if missing := [handle for handle, member in zip(record.members, members, strict=True) if member is None]:
+            raise FailedPrecondition(
+                f"group snapshot {record.handle} lacks its member {missing[0]}: its record is gone from the pool"
+            )
+        return GroupSnapshot(record, tuple(show(store, member) for member in members if member is not None))
+
+
+def _member_id(store: PoolStore, group_id: str, source_handle: str) -> str:
+    # No CSI name can be this: a name holds no NUL, so a member never answers to a CreateSnapshot.
+    return store.id_of(SNAPSHOT, f"group\0{group_id}\0{source_handle}")
+
+
+def _member_ids(record: GroupRecord) -> list[str]:
+    return [handle.rpartition(".")[2] for handle in record.members]
+
+
+def _require_members(record: GroupRecord, snapshot_handles: Sequence[str]) -> None:
+    if snapshot_handles and set(snapshot_handles) != set(record.members):
+        raise InvalidArgument(
+            f"snapshot_ids are {', '.join(quoted(handle) for handle in snapshot_handles)}: group snapshot {record.handle} has "
+            f"{', '.join(record.members)}"
+        )

@@ -1,0 +1,116 @@
+"""Health: what is wrong with volumes and pools, as far as it can be seen from here, and nothing that is guessed."""
+
+from collections.abc import Iterable, Sequence
+
+from csi_driver.errors import NotFound, RecordDamaged, TatamiError, Unavailable, quoted
+from csi_driver.volumes.model import HealthEntry, HealthLevel, Page, Phase, VolumeHealth, VolumeRecord
+from csi_driver.volumes.paging import take_page
+from csi_driver.volumes.pools import Pools, PoolStore
+
+_FULL_PERCENT = 98
+
+
+class Health:
+    """The HealthService (services.py)."""
+
+    def __init__(self, pools: Pools) -> None:
+        self._pools = pools
+
+    # --- volumes ------------------------------------------------------------------------------------------------------------------
+
+    def volume(self, handle: str) -> VolumeHealth:
+        """Say what is wrong with a volume; no entries where nothing is known to be. Raises NotFound."""
+        located = self._pools.locate(handle)
+        if located is None:
+            raise NotFound(f"volume {quoted(handle)} does not exist")
+        store, record_id = located
+        unreachable = pool_problems(store)
+        if any(entry.level is HealthLevel.INACCESSIBLE for entry in unreachable):
+            return VolumeHealth(handle, tuple(unreachable))
+        try:
+            record = store.volumes.get(record_id)
+        except RecordDamaged as damage:
+            return VolumeHealth(handle, (_damaged(damage), *unreachable))
+        if record is None or record.phase is not Phase.READY:
+            raise NotFound(f"volume {quoted(handle)} does not exist")
+        return VolumeHealth(handle, (*volume_problems(store, record), *unreachable))
+
+    def list(self, page: Page) -> tuple[Sequence[VolumeHealth], str]:
+        """Return one page of the volumes that are not well, and the token of the next."""
+
+        def read(store: PoolStore, ids: Sequence[str]) -> Iterable[tuple[str, VolumeHealth]]:
+            common = tuple(pool_problems(store))
+            for record_id in ids:
+                handle = store.handle_of(record_id)
+                try:
+                    record = store.volumes.get(record_id)
+                except RecordDamaged as damage:
+                    yield record_id, VolumeHealth(handle, (_damaged(damage), *common))
+                    continue
+                if record is None or record.phase is not Phase.READY or record.ephemeral:
+                    continue
+                if entries := (*volume_problems(store, record), *common):
+                    yield record_id, VolumeHealth(handle, entries)
+
+        entries, token = take_page(self._pools, page, lambda store: store.volumes.ids(), read, lambda entry: entry[0])
+        return [health for _, health in entries], token
+
+    # --- pools --------------------------------------------------------------------------------------------------------------------
+
+    def storage(self) -> Sequence[HealthEntry]:
+        """Say what is wrong with the pools as this process reaches them."""
+        return [entry for store in self._pools for entry in pool_problems(store)]
+
+    def ready(self) -> str | None:
+        """Return None where every pool can be served, else the first reason why not. Touches no volume."""
+        for store in self._pools:
+            for entry in pool_problems(store):
+                if entry.level is HealthLevel.INACCESSIBLE:
+                    return entry.message
+        return None
+
+
+def volume_problems(store: PoolStore, record: VolumeRecord) -> list[HealthEntry]:
+    """Look at the volume's directory."""
+    try:
+        with store.open_volume(record.directory):
+            return []
+    except NotFound:
+        return [
+            HealthEntry(
+                HealthLevel.DATA_LOSS, "DirectoryMissing", f"directory {record.directory} is missing from pool {store.name}"
+            ),
+        ]
+    except OSError as error:
+        return [
+            HealthEntry(
+                HealthLevel.INACCESSIBLE, "DirectoryUnreadable", f"{record.directory} of pool {store.name}: {error.strerror}"
+            )
+        ]
+
+
+def pool_problems(store: PoolStore) -> list[HealthEntry]:
+    """Look at the pool: can it be reached, written to, and is there room."""
+    try:
+        space = store.space()
+        with store.open("volumes"):
+            pass
+    except (Unavailable, OSError) as error:
+        message = str(error) if isinstance(error, TatamiError) else f"pool {store.name}: {error}"
+        return [HealthEntry(HealthLevel.INACCESSIBLE, "PoolUnreachable", message)]
+    problems = []
+    if space.read_only:
+        problems.append(
+            HealthEntry(HealthLevel.DEGRADED, "PoolReadOnly", f"pool {store.name} is mounted read-only: nothing can be written")
+        )
+    if space.available_bytes * 100 < space.total_bytes * (100 - _FULL_PERCENT):
+        message = f"pool {store.name} has {space.available_bytes} of {space.total_bytes} bytes left"
+        problems.append(HealthEntry(HealthLevel.DEGRADED, "PoolFull", message))
+    if space.total_inodes and space.available_inodes * 100 < space.total_inodes * (100 - _FULL_PERCENT):
+        message = f"pool {store.name} has {space.available_inodes} of {space.total_inodes} inodes left"
+        problems.append(HealthEntry(HealthLevel.DEGRADED, "PoolOutOfInodes", message))
+    return problems
+
+
+def _damaged(damage: RecordDamaged) -> HealthEntry:
+    return HealthEntry(HealthLevel.INACCESSIBLE, "RecordDamaged", f"{damage}; the data is left alone")

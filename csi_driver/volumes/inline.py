@@ -1,0 +1,71 @@
+"""Inline ephemeral volumes: made when a pod is published, gone with it.
+
+Pod authors write these, so they say a size and, where the admin allows it, a pool; nothing else.
+"""
+
+import time
+from collections.abc import Mapping
+
+from csi_driver.errors import InvalidArgument
+from csi_driver.volumes.handles import VOLUME
+from csi_driver.volumes.model import (
+    DEFAULT_CAPACITY_BYTES,
+    Capability,
+    CapacityRange,
+    ClassParameters,
+    CreateVolume,
+    Ownership,
+    VolumeRecord,
+)
+from csi_driver.volumes.parameters import EPHEMERAL, parse_inline_parameters
+from csi_driver.volumes.pools import Pools
+from csi_driver.volumes.provisioner import Provisioner
+
+_MODE = 0o777
+"""As emptyDir: the pod's user is not known, and nobody else mounts it."""
+_SECONDS = 30.0
+
+
+def is_inline(volume_context: Mapping[str, str]) -> bool:
+    """Tell whether the kubelet asks for an inline volume."""
+    return volume_context.get(EPHEMERAL) == "true"
+
+
+class InlineVolumes:
+    """Makes and removes the volumes of pods."""
+
+    def __init__(self, pools: Pools, provisioner: Provisioner) -> None:
+        self._pools = pools
+        self._provisioner = provisioner
+
+    def create(self, handle: str, capability: Capability, volume_context: Mapping[str, str]) -> VolumeRecord:
+        """Make the volume, or find the one that was made. Raises InvalidArgument, ResourceExhausted."""
+        parameters = parse_inline_parameters(volume_context)
+        if parameters.pool is not None:
+            store = self._pools.find(parameters.pool)
+            if store is None or not store.backend.inline:
+                allowed = (
+                    ", ".join(pool.name for pool in self._pools if pool.backend.inline)
+                    or "none (`inline = true` in pools.toml)"
+                )
+                raise InvalidArgument.field('volume_context["pool"]', parameters.pool, f"pools that pods may name: {allowed}")
+        request = CreateVolume(
+            name=inline_name(handle),
+            capacity=CapacityRange(required_bytes=parameters.size_bytes or DEFAULT_CAPACITY_BYTES),
+            capabilities=(capability,),
+            parameters=ClassParameters(pool=parameters.pool, ownership=Ownership(mode=_MODE)),
+            ephemeral=True,
+        )
+        return self._provisioner.create(request, time.monotonic() + _SECONDS).record
+
+    def delete(self, handle: str) -> None:
+        """Remove the volume that was made for this handle, if there is one, with all that is in it."""
+        for store in self._pools:
+            record_id = store.id_of(VOLUME, inline_name(handle))
+            if store.volumes.get(record_id) is not None:
+                self._provisioner.delete(store.handle_of(record_id))
+
+
+def inline_name(handle: str) -> str:
+    """Return the name of the volume that is made for an inline handle; no CSI name holds a NUL, so no claim can ever meet it."""
+    return f"inline\0{handle}"

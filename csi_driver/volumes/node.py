@@ -1,0 +1,99 @@
+"""The node as CSI sees it: who it is, and the calls about volumes that are mounted on it."""
+
+import os
+from collections.abc import Sequence
+
+from csi_driver.errors import NotFound, OutOfRange, quoted
+from csi_driver.linux.mountinfo import topmost_mount_at
+from csi_driver.volumes.handles import VOLUME
+from csi_driver.volumes.health import Health
+from csi_driver.volumes.inline import inline_name
+from csi_driver.volumes.model import (
+    CapacityRange,
+    HealthEntry,
+    HealthLevel,
+    NodeInfo,
+    PublishVolume,
+    StageVolume,
+    VolumeHealth,
+    VolumeRecord,
+    VolumeStats,
+)
+from csi_driver.volumes.node_state import NodeState, NodeVolumeRecord
+from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.publisher import Publisher
+from csi_driver.volumes.usage import UsageCounter
+
+
+class Node:
+    """The NodeService (services.py)."""
+
+    def __init__(
+        self, info: NodeInfo, pools: Pools, state: NodeState, publisher: Publisher, usage: UsageCounter, health: Health
+    ) -> None:
+        self._info = info
+        self._pools = pools
+        self._state = state
+        self._publisher = publisher
+        self._usage = usage
+        self._health = health
+
+    def info(self) -> NodeInfo:
+        return self._info
+
+    def stage(self, request: StageVolume) -> None:
+        self._publisher.stage(request)
+
+    def unstage(self, handle: str, staging_path: str) -> None:
+        self._publisher.unstage(handle, staging_path)
+
+    def publish(self, request: PublishVolume) -> None:
+        self._publisher.publish(request)
+
+    def unpublish(self, handle: str, target_path: str) -> None:
+        self._publisher.unpublish(handle, target_path)
+
+    def stats(self, handle: str, volume_path: str, deadline: float) -> VolumeStats:
+        """Return the usage of a volume that is mounted at `volume_path`. Raises NotFound, OperationPending while it is counted."""
+        known = self._publisher.find_published(handle, volume_path)
+        store, record = self._find(known)
+        return self._usage.stats(store, known.directory, record.capacity_bytes if record else None, deadline)
+
+    def expand(self, handle: str, volume_path: str, capacity: CapacityRange) -> int:
+        """Return the size that the volume has; a directory needs nothing on the node. Raises NotFound, OutOfRange."""
+        known = self._publisher.find_published(handle, volume_path)
+        _, record = self._find(known)
+        size = record.capacity_bytes if record else capacity.required_bytes
+        if size < capacity.required_bytes or (capacity.limit_bytes and size > capacity.limit_bytes):
+            raise OutOfRange(
+                f"volume {quoted(handle)} has {size} bytes; ControllerExpandVolume has to make it {capacity.required_bytes} first"
+            )
+        return size
+
+    def health(self, handle: str, publish_path: str, staging_path: str) -> VolumeHealth:
+        """Say what is wrong with a volume on this node. Raises NotFound."""
+        known = self._state.get(handle)
+        entries: Sequence[HealthEntry] = ()
+        if known is None or not (known.static or known.ephemeral):
+            entries = self._health.volume(handle).entries
+        return VolumeHealth(handle, (*entries, *self._missing_mounts(known, (publish_path, staging_path))))
+
+    def _missing_mounts(self, known: NodeVolumeRecord | None, paths: Sequence[str]) -> list[HealthEntry]:
+        if known is None:
+            return []
+        return [
+            HealthEntry(
+                HealthLevel.INACCESSIBLE, reason, f"volume {quoted(known.handle)} should be mounted at {path} and is not"
+            )
+            for reason, path in zip(("MountMissing", "StagingMissing"), paths, strict=True)
+            if path and os.path.normpath(path) in known.paths() and topmost_mount_at(os.path.normpath(path)) is None
+        ]
+
+    def _find(self, known: NodeVolumeRecord) -> tuple[PoolStore, VolumeRecord | None]:
+        store = self._pools.find(known.pool)
+        if store is None:
+            raise NotFound(f"pool {known.pool} of volume {quoted(known.handle)} is not configured on this node")
+        if known.static:
+            return store, None
+        record_id = store.id_of(VOLUME, inline_name(known.handle)) if known.ephemeral else known.handle.rpartition(".")[2]
+        return store, store.volumes.get(record_id)

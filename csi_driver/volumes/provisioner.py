@@ -1,0 +1,287 @@
+"""Volumes: made, found, grown, changed and deleted.
+
+Every operation can be cut off at any point and asked for again. The record says how far it got (creating -> ready -> deleting); the
+next call with the same name or handle goes on from there.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from csi_driver.errors import (
+    AlreadyExists,
+    InvalidArgument,
+    NotFound,
+    OutOfRange,
+    RecordDamaged,
+    ResourceExhausted,
+    quoted,
+)
+from csi_driver.volumes import access
+from csi_driver.volumes.contents import Contents
+from csi_driver.volumes.handles import VOLUME
+from csi_driver.volumes.jobs import JobControl, Jobs
+from csi_driver.volumes.locks import KeyedLocks
+from csi_driver.volumes.model import (
+    DEFAULT_CAPACITY_BYTES,
+    Capability,
+    CapacityRange,
+    CreateVolume,
+    OnDelete,
+    Page,
+    Phase,
+    Volume,
+    VolumeRecord,
+)
+from csi_driver.volumes.paging import take_page
+from csi_driver.volumes.pools import Pools, PoolStore, new_token
+from csi_driver.volumes.removal import VolumeRemoval
+from csi_driver.volumes.sources import Sources
+
+
+class Provisioner:
+    """The VolumeService (services.py)."""
+
+    def __init__(
+        self, pools: Pools, locks: KeyedLocks, jobs: Jobs, contents: Contents, sources: Sources, removal: VolumeRemoval
+    ) -> None:
+        self._pools = pools
+        self._locks = locks
+        self._jobs = jobs
+        self._contents = contents
+        self._sources = sources
+        self._removal = removal
+
+    # --- create -------------------------------------------------------------------------------------------------------------------
+
+    def create(self, request: CreateVolume, deadline: float) -> Volume:
+        """Make a volume, or return the one that this request made before.
+
+        Raises AlreadyExists for a name that another request took, ResourceExhausted, OutOfRange, InvalidArgument, NotFound (source),
+        OperationPending while a copy runs.
+        """
+        store = self._choose_pool(request)
+        record_id = store.id_of(VOLUME, request.name)
+        found = self._find(store, record_id, request)
+        if found is not None and found.phase is Phase.READY:
+            return self.show(store, found)
+        if request.source is None:
+            return self._create_locked(store, record_id, request, None)
+        return self._jobs.run(record_id, lambda job: self._create_locked(store, record_id, request, job), deadline)
+
+    def _choose_pool(self, request: CreateVolume) -> PoolStore:
+        name = request.parameters.pool or self._pools.default
+        if name is None:
+            raise InvalidArgument(f'parameters["pool"] is missing: there is no default pool; allowed are {self._pools.names()}')
+        store = self._pools.find(name)
+        if store is None:
+            raise InvalidArgument.field('parameters["pool"]', name, f"no such pool; allowed are {self._pools.names()}")
+        for capability in request.capabilities:
+            if problem := access.unsupported(capability, store.backend):
+                raise InvalidArgument(problem)
+        if not store.reachable_from(request.requisite):
+            raise ResourceExhausted(f"pool {store.name} can only be reached from {dict(store.backend.topology() or {})}")
+        return store
+
+    def _find(self, store: PoolStore, record_id: str, request: CreateVolume) -> VolumeRecord | None:
+        """Find the record that the name has, in whatever pool; raise AlreadyExists if it is not what is asked for."""
+        for other in self._pools:
+            if other is not store and (taken := other.volumes.get(other.id_of(VOLUME, request.name))):
+                raise AlreadyExists(f"volume {quoted(request.name)} exists in pool {other.name} as {taken.handle}")
+        record = store.volumes.get(record_id)
+        if record is not None and record.phase is not Phase.DELETING:
+            _require_same(record, request)
+        return record
+
+    def _create_locked(self, store: PoolStore, record_id: str, request: CreateVolume, job: JobControl | None) -> Volume:
+        with self._locks.hold(store, f"volume:{record_id}"):
+            record = self._find(store, record_id, request)
+            if record is not None and record.phase is Phase.DELETING:
+                self._removal.finish(store, record)
+                record = None
+            if record is None:
+                record = self._begin(store, record_id, request)
+            if record.phase is Phase.CREATING:
+                record = self._complete(store, record, job)
+            return self.show(store, record)
+
+    def _begin(self, store: PoolStore, record_id: str, request: CreateVolume) -> VolumeRecord:
+        capacity = self._choose_capacity(store, request)
+        parameters = request.parameters
+        record = VolumeRecord(
+            id=record_id,
+            handle=store.handle_of(record_id),
+            name=request.name,
+            driver=store.driver,
+            pool=store.name,
+            token=new_token(),
+            phase=Phase.CREATING,
+            created_at_ns=time.time_ns(),
+            directory=parameters.directory or self._own_directory(store, record_id),
+            directory_template=parameters.directory,
+            capacity_bytes=capacity,
+            on_delete=parameters.on_delete,
+            ownership=parameters.ownership,
+            source=request.source,
+            ephemeral=request.ephemeral,
+        )
+        if not store.volumes.add(record):
+            raise AlreadyExists(f"volume {quoted(request.name)} is being made by another controller")
+        return record
+
+    def _own_directory(self, store: PoolStore, record_id: str) -> str:
+        # The data of a retained volume keeps its place when the name is used again.
+        try:
+            with store.open_volume(record_id):
+                return f"{record_id}.{new_token()}"
+        except NotFound:
+            return record_id
+
+    def _choose_capacity(self, store: PoolStore, request: CreateVolume) -> int:
+        least = self._sources.size_of(request.source) if request.source else 0
+        wanted = request.capacity.required_bytes or least or DEFAULT_CAPACITY_BYTES
+        limit = request.capacity.limit_bytes
+        if limit and not request.capacity.required_bytes:
+            wanted = min(wanted, limit)
+        if wanted < least:
+            raise OutOfRange(f"capacity_range asks for {wanted} bytes, but the content source needs {least}")
+        total = store.space().total_bytes
+        if wanted > total:
+            raise ResourceExhausted(f"capacity_range asks for {wanted} bytes, but pool {store.name} has {total} in all")
+        return wanted
+
+    def _complete(self, store: PoolStore, record: VolumeRecord, job: JobControl | None) -> VolumeRecord:
+        """Build the content of a `creating` volume and make it ready; on an error nothing is left of it."""
+        if self._contents.is_in_place(store, record):
+            return store.volumes.replace(replace(record, phase=Phase.READY))
+        try:
+            if record.source is None:
+                self._contents.make_empty(store, record)
+            else:
+                record = self._fill(store, record, job)
+            record = self._contents.place_volume(store, record)
+        except BaseException:
+            self._give_up(store, record.id)
+            raise
+        return store.volumes.replace(replace(record, phase=Phase.READY))
+
+    def _fill(self, store: PoolStore, record: VolumeRecord, job: JobControl | None) -> VolumeRecord:
+        assert record.source is not None
+        source = self._sources.open(record.source)
+        report = self._contents.copy(store, record.id, record.token, source, record.ownership, job or JobControl(record.id))
+        return replace(record, capture=report)
+
+    def _give_up(self, store: PoolStore, record_id: str) -> None:
+        self._contents.discard(store, record_id)
+        if current := store.volumes.get(record_id):
+            self._contents.release_claim(store, current)
+        store.volumes.remove(record_id)
+
+    # --- read ---------------------------------------------------------------------------------------------------------------------
+
+    def get(self, handle: str) -> Volume:
+        """Return a volume. Raises NotFound, RecordDamaged."""
+        return self.show(*self.find_ready(handle))
+
+    def list(self, page: Page) -> tuple[Sequence[Volume], str]:
+        """Return one page of all volumes, ordered by pool and id, and the token of the next page."""
+
+        def read(store: PoolStore, ids: list[str]) -> list[Volume]:
+            records = store.volumes.each(ids)
+            return [self.show(store, r) for r in records if not isinstance(r, RecordDamaged) and is_listed(r)]
+
+        return take_page(self._pools, page, lambda store: store.volumes.ids(), read, lambda volume: volume.record.id)
+
+    def validate(self, handle: str, capabilities: Sequence[Capability], context: Mapping[str, str]) -> str | None:
+        """Return None where the volume has all capabilities, else why it has not. Raises NotFound."""
+        store, record = self.find_ready(handle)
+        if context and dict(context) != dict(self.show(store, record).context):
+            return "volume_context is not the one that CreateVolume gave"
+        problems = (access.unsupported(capability, store.backend) for capability in capabilities)
+        return next((problem for problem in problems if problem), None)
+
+    def find_ready(self, handle: str) -> tuple[PoolStore, VolumeRecord]:
+        """Find a volume that exists. Raises NotFound, also for one that is still being made or already being deleted."""
+        located = self._pools.locate(handle)
+        record = located[0].volumes.get(located[1]) if located else None
+        if located is None or record is None or record.phase is not Phase.READY:
+            raise NotFound(f"volume {quoted(handle)} does not exist")
+        return located[0], record
+
+    def show(self, store: PoolStore, record: VolumeRecord) -> Volume:
+        # Words for people and `kubectl describe`; never an address, and nothing that the driver reads back.
+        context = {"pool": record.pool, "layout": record.layout.value, "limiter": "none"}
+        return Volume(record, context, store.backend.topology())
+
+    # --- change -------------------------------------------------------------------------------------------------------------------
+
+    def expand(self, handle: str, capacity: CapacityRange, capability: Capability | None) -> int:
+        """Grow a volume to `required_bytes`; a size that it has already is answered as it is. Returns bytes.
+
+        Raises NotFound, OutOfRange (shrink, beyond the pool), FailedPrecondition (a capability that the volume lacks).
+        """
+        store, record = self.find_ready(handle)
+        if capability is not None and (problem := access.unsupported(capability, store.backend)):
+            raise InvalidArgument(problem)
+        with self._locks.hold(store, f"volume:{record.id}"):
+            _, record = self.find_ready(handle)
+            wanted = capacity.required_bytes or record.capacity_bytes
+            if capacity.limit_bytes and max(wanted, record.capacity_bytes) > capacity.limit_bytes:
+                raise OutOfRange(
+                    f"capacity_range.limit_bytes is {capacity.limit_bytes}, but the volume has {record.capacity_bytes}: volumes never shrink"
+                )
+            if wanted <= record.capacity_bytes:
+                return record.capacity_bytes
+            total = store.space().total_bytes
+            if wanted > total:
+                raise OutOfRange(f"capacity_range asks for {wanted} bytes, but pool {store.name} has {total} in all")
+            store.volumes.replace(replace(record, capacity_bytes=wanted))
+            return wanted
+
+    def modify(self, handle: str, on_delete: OnDelete | None) -> None:
+        """Change what becomes of the data at deletion. Raises NotFound."""
+        store, record = self.find_ready(handle)
+        with self._locks.hold(store, f"volume:{record.id}"):
+            _, record = self.find_ready(handle)
+            if on_delete is not None and on_delete is not record.on_delete:
+                store.volumes.replace(replace(record, on_delete=on_delete))
+
+    # --- delete -------------------------------------------------------------------------------------------------------------------
+
+    def delete(self, handle: str) -> None:
+        """Delete a volume as its `onDelete` says; one that does not exist is deleted already.
+
+        Raises FailedPrecondition while it is in use or belongs elsewhere, OperationPending while it is being copied.
+        """
+        located = self._pools.locate(handle)
+        if located is None:
+            return
+        store, record_id = located
+        self._jobs.cancel(record_id)
+        with self._locks.hold(store, f"volume:{record_id}"):
+            record = store.volumes.get(record_id)
+            if record is not None:
+                self._removal.remove(store, record)
+
+
+def is_listed(record: VolumeRecord) -> bool:
+    """Tell whether a volume exists for those who list volumes: the cluster knows nothing of a pod's inline volume."""
+    return record.phase is Phase.READY and not record.ephemeral
+
+
+def _require_same(record: VolumeRecord, request: CreateVolume) -> None:
+    parameters = request.parameters
+    differences = [
+        name
+        for name, differs in (
+            ("capacity_range", not request.capacity.admits(record.capacity_bytes)),
+            ("volume_content_source", record.source != request.source),
+            ("parameters.directory", record.directory_template != parameters.directory),
+            ("parameters.uid, gid or mode", record.ownership != parameters.ownership),
+        )
+        if differs
+    ]
+    if differences:
+        raise AlreadyExists(
+            f"volume {quoted(record.name)} exists as {record.handle} ({record.capacity_bytes} bytes) with another {', '.join(differences)}"
+        )

@@ -1,0 +1,191 @@
+"""Snapshots: complete copies of a volume's content, cut once and never changed.
+
+A snapshot stands on its own: its source may be deleted, and it may be deleted, without harm to the other.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from csi_driver.errors import AlreadyExists, InvalidArgument, NotFound, RecordDamaged, ResourceExhausted, quoted
+from csi_driver.volumes.contents import Contents
+from csi_driver.volumes.handles import SNAPSHOT
+from csi_driver.volumes.jobs import JobControl, Jobs
+from csi_driver.volumes.locks import KeyedLocks
+from csi_driver.volumes.model import (
+    ContentSource,
+    CreateSnapshot,
+    Page,
+    Phase,
+    Snapshot,
+    SnapshotRecord,
+    SourceKind,
+    VolumeRecord,
+)
+from csi_driver.volumes.paging import take_page
+from csi_driver.volumes.pools import Pools, PoolStore, new_token
+from csi_driver.volumes.removal import SnapshotRemoval
+from csi_driver.volumes.sources import Sources
+
+FILE_BY_FILE = "file by file"
+"""The honest label of a snapshot whose files were read one after another while somebody may have written."""
+
+
+class Snapshots:
+    """The SnapshotService (services.py)."""
+
+    def __init__(
+        self, pools: Pools, locks: KeyedLocks, jobs: Jobs, contents: Contents, sources: Sources, removal: SnapshotRemoval
+    ) -> None:
+        self._pools = pools
+        self._locks = locks
+        self._jobs = jobs
+        self._contents = contents
+        self._sources = sources
+        self._removal = removal
+
+    # --- create -------------------------------------------------------------------------------------------------------------------
+
+    def create(self, request: CreateSnapshot, deadline: float) -> Snapshot:
+        """Cut a snapshot, or return the one that this request cut before.
+
+        Raises AlreadyExists for a name that another source took, NotFound (source), OperationPending while the copy runs.
+        """
+        found = self._find_name(request.name, request.source_handle)
+        if found is not None and found[1].phase is Phase.READY:
+            return show(*found)
+        store, source = self._sources.volume(request.source_handle)
+        if not store.reachable_from(request.requisite):
+            raise ResourceExhausted(
+                f"volume {source.handle} and its snapshots can only be reached from {dict(store.backend.topology() or {})}"
+            )
+        record_id = store.id_of(SNAPSHOT, request.name)
+        return self._jobs.run(record_id, lambda job: self._create_locked(store, record_id, request, job), deadline)
+
+    def _find_name(self, name: str, source_handle: str) -> tuple[PoolStore, SnapshotRecord] | None:
+        for store in self._pools:
+            record = store.snapshots.get(store.id_of(SNAPSHOT, name))
+            if record is None or record.phase is Phase.DELETING:
+                continue
+            if record.source_handle != source_handle:
+                raise AlreadyExists(f"snapshot {quoted(name)} exists as {record.handle}, of volume {record.source_handle}")
+            return store, record
+        return None
+
+    def _create_locked(self, store: PoolStore, record_id: str, request: CreateSnapshot, job: JobControl) -> Snapshot:
+        with self._locks.hold(store, f"snapshot:{record_id}"):
+            record = store.snapshots.get(record_id)
+            if record is not None and record.phase is Phase.DELETING:
+                self._removal.finish(store, record)
+                record = None
+            if record is None:
+                _, source = self._sources.volume(request.source_handle)
+                record = self.begin(store, record_id, request.name, source, None)
+            if record.phase is Phase.CREATING:
+                try:
+                    record = self.cut(store, record, job)
+                except BaseException:
+                    self.give_up(store, record_id)
+                    raise
+            return show(store, store.snapshots.replace(replace(record, phase=Phase.READY)))
+
+    # --- the steps, which group snapshots share -------------------------------------------------------------------------------------
+
+    def begin(
+        self, store: PoolStore, record_id: str, name: str, source: VolumeRecord, group_handle: str | None
+    ) -> SnapshotRecord:
+        """Write the record of a snapshot that is about to be cut. The caller holds the snapshot's lock."""
+        record = SnapshotRecord(
+            id=record_id,
+            handle=store.handle_of(record_id),
+            name=name,
+            driver=store.driver,
+            pool=store.name,
+            token=new_token(),
+            phase=Phase.CREATING,
+            created_at_ns=time.time_ns(),
+            source_handle=source.handle,
+            size_bytes=source.capacity_bytes,
+            group_handle=group_handle,
+            consistency=FILE_BY_FILE,
+        )
+        if not store.snapshots.add(record):
+            raise AlreadyExists(f"snapshot {quoted(name)} is being made by another controller")
+        return record
+
+    def cut(self, store: PoolStore, record: SnapshotRecord, job: JobControl) -> SnapshotRecord:
+        """Make the content of a snapshot that is `creating`; it stays so until the caller says `ready`."""
+        if self._contents.has_snapshot(store, record.id):
+            return record  # in place before a crash: content gets there complete or not at all
+        source = self._sources.open(ContentSource(SourceKind.VOLUME, record.source_handle))
+        report = self._contents.copy(store, record.id, record.token, source, None, job)
+        record = store.snapshots.replace(replace(record, capture=report))
+        self._contents.place_snapshot(store, record.id, record.token)
+        return record
+
+    def give_up(self, store: PoolStore, record_id: str) -> None:
+        """Take back a snapshot that never became ready."""
+        self._contents.discard(store, record_id)
+        store.trash_snapshot_data(record_id, f"{record_id}.{new_token()}")
+        store.snapshots.remove(record_id)
+
+    # --- read ---------------------------------------------------------------------------------------------------------------------
+
+    def get(self, handle: str) -> Snapshot:
+        """Return a snapshot. Raises NotFound."""
+        located = self._pools.locate(handle)
+        record = located[0].snapshots.get(located[1]) if located else None
+        if located is None or record is None or record.phase is not Phase.READY:
+            raise NotFound(f"snapshot {quoted(handle)} does not exist")
+        return show(located[0], record)
+
+    def list(self, page: Page, snapshot_handle: str, source_handle: str) -> tuple[Sequence[Snapshot], str]:
+        """Return one page of snapshots, ordered by pool and id, and the token of the next page.
+
+        A filter that names nothing gives an empty list (CSI spec "ListSnapshots Errors").
+        """
+        if snapshot_handle:
+            return self._list_one(snapshot_handle, source_handle), ""
+
+        def read(store: PoolStore, ids: list[str]) -> Iterable[Snapshot]:
+            for record in store.snapshots.each(ids):
+                if isinstance(record, RecordDamaged) or record.phase is not Phase.READY:
+                    continue
+                if not source_handle or record.source_handle == source_handle:
+                    yield show(store, record)
+
+        return take_page(self._pools, page, lambda store: store.snapshots.ids(), read, lambda snapshot: snapshot.record.id)
+
+    def _list_one(self, handle: str, source_handle: str) -> Sequence[Snapshot]:
+        try:
+            snapshot = self.get(handle)
+        except NotFound:
+            return []
+        return [snapshot] if not source_handle or snapshot.record.source_handle == source_handle else []
+
+    # --- delete -------------------------------------------------------------------------------------------------------------------
+
+    def delete(self, handle: str) -> None:
+        """Delete a snapshot; one that does not exist is deleted already.
+
+        Raises InvalidArgument for a member of a group, FailedPrecondition while a restore reads it or where it is another node's.
+        """
+        located = self._pools.locate(handle)
+        if located is None:
+            return
+        store, record_id = located
+        self._jobs.cancel(record_id)
+        with self._locks.hold(store, f"snapshot:{record_id}"):
+            record = store.snapshots.get(record_id)
+            if record is None:
+                return
+            if record.group_handle is not None:
+                raise InvalidArgument(
+                    f"snapshot_id is {quoted(handle)}: it belongs to group snapshot {record.group_handle} and goes with it (DeleteVolumeGroupSnapshot)"
+                )
+            self._removal.remove(store, record)
+
+
+def show(store: PoolStore, record: SnapshotRecord) -> Snapshot:
+    """Give a record with the place from which it can be reached."""
+    return Snapshot(record, store.backend.topology())

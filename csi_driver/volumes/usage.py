@@ -1,0 +1,75 @@
+"""Usage: what a volume itself takes, counted, not what its disk takes.
+
+Where no quota counts for us the tree is walked. That can outlast a call: the count goes on as a job, the call is told to come back,
+and the result is good for a while, so that the kubelet's minute-by-minute question does not walk a million files each time.
+"""
+
+import threading
+import time
+from dataclasses import dataclass
+
+from csi_driver.errors import DeadlineExceeded
+from csi_driver.linux.trees import TreeUsage, measure_tree
+from csi_driver.volumes.jobs import JobControl, Jobs
+from csi_driver.volumes.model import Usage, VolumeStats
+from csi_driver.volumes.pools import PoolStore
+
+_FRESH_FACTOR = 20
+"""A count is good for twenty times as long as it took: a small volume is counted each time, and no volume keeps a core busy."""
+_LONGEST_COUNT_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class _Count:
+    usage: TreeUsage
+    until: float
+
+
+class UsageCounter:
+    """Counts volumes, and remembers for as long as counting them is dear."""
+
+    def __init__(self, jobs: Jobs) -> None:
+        self._jobs = jobs
+        self._guard = threading.Lock()
+        self._counts: dict[tuple[str, str], _Count] = {}
+
+    def stats(self, store: PoolStore, directory: str, capacity_bytes: int | None, deadline: float) -> VolumeStats:
+        """Return the volume's own usage.
+
+        Raises NotFound where the directory is gone, OperationPending while it is still being counted at `deadline` (monotonic seconds).
+        """
+        used = self._count(store, directory, deadline)
+        space = store.space()
+        available = space.available_bytes
+        if capacity_bytes is not None:
+            available = min(available, max(0, capacity_bytes - used.bytes))
+        # btrfs makes inodes as they are needed and says that it has none.
+        inodes = (
+            Usage(used.inodes, used.inodes + space.available_inodes, space.available_inodes) if space.total_inodes else None
+        )
+        return VolumeStats(
+            bytes=Usage(used.bytes, capacity_bytes if capacity_bytes is not None else used.bytes + available, available),
+            inodes=inodes or Usage(used.inodes, None, None),
+        )
+
+    def _count(self, store: PoolStore, directory: str, deadline: float) -> TreeUsage:
+        key = (store.name, directory)
+        with self._guard:
+            known = self._counts.get(key)
+            if known is not None and known.until > time.monotonic():
+                return known.usage
+        return self._jobs.run(f"usage of {store.name}/{directory}", lambda job: self._walk(store, directory, job), deadline)
+
+    def _walk(self, store: PoolStore, directory: str, job: JobControl) -> TreeUsage:
+        with store.open_volume(directory) as top:
+            usage = measure_tree(top, deadline=job.started + _LONGEST_COUNT_SECONDS)
+        if not usage.complete:
+            raise DeadlineExceeded(
+                f"{directory} of pool {store.name} could not be counted completely: part of it cannot be read, or it is too large"
+            )
+        now = time.monotonic()
+        with self._guard:
+            for key in [key for key, count in self._counts.items() if count.until < now]:
+                del self._counts[key]
+            self._counts[store.name, directory] = _Count(usage, now + (now - job.started) * _FRESH_FACTOR)
+        return usage
