@@ -13,6 +13,7 @@ class Space:
     """What statvfs(3) says of a pool's filesystem, in bytes and inodes; `available` is what an ordinary user may still take."""
 
     total_bytes: int
+    used_bytes: int
     available_bytes: int
     total_inodes: int
     available_inodes: int

@@ -52,6 +52,7 @@ class HostPathBackend:
             raise Unavailable(f"pool {self.name}: {self.root()} cannot be measured: {error.strerror}") from error
         return Space(
             total_bytes=found.f_blocks * found.f_frsize,
+            used_bytes=(found.f_blocks - found.f_bfree) * found.f_frsize,
             available_bytes=found.f_bavail * found.f_frsize,
             total_inodes=found.f_files,
             available_inodes=found.f_favail,

@@ -174,16 +174,18 @@ def _settings(document: _Table) -> DriverSettings | None:
 
 
 def _backend(text: str) -> Backend:
-    for backend in get_args(Backend):
-        if text == backend:
-            return backend  # type: ignore[no-any-return]
+    if text == "hostpath":
+        return "hostpath"
+    if text == "nfs":
+        return "nfs"
     raise ConfigError('must be "hostpath" or "nfs"')
 
 
 def _pool(pools: _Table, name: str, backend: Backend | None) -> Pool | None:
-    if not _POOL_NAME.fullmatch(name):
-        # No dots: volume handles are <pool>.<id>.
-        pools.refuse(name, "a pool's name is 1 to 32 of a-z, 0-9 and '-', beginning and ending with a letter or digit")
+    try:
+        parse_pool_name(name)
+    except ConfigError as error:
+        pools.refuse(name, str(error))
         return None
     table = pools.table(name)
     if table is None or backend is None:
@@ -204,16 +206,17 @@ def _refuse_overlaps(pools: _Table, parsed: list[Pool]) -> None:
     """Refuse two pools of one place: each would see the other's volumes as foreign directories, or both would own one record."""
     for index, pool in enumerate(parsed):
         for other in parsed[:index]:
-            same_place = (
-                not isinstance(pool, NfsPool) or not isinstance(other, NfsPool) or pool.server.lower() == other.server.lower()
-            )
             nested = pool.path.is_relative_to(other.path) or other.path.is_relative_to(pool.path)
             table = pools.table(pool.name)
-            if same_place and nested and table is not None:
+            if nested and _machine(pool) == _machine(other) and table is not None:
                 table.refuse(
                     "path",
                     f"must be neither the path of another pool nor above or below it: [pools.{other.name}] has {other.path}",
                 )
+
+
+def _machine(pool: Pool) -> str:
+    return pool.server.lower() if isinstance(pool, NfsPool) else "this one"
 
 
 def _key(key: str) -> str:

@@ -1,7 +1,7 @@
 """What the driver is told at start, as frozen values. Nothing in here reads anything."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -62,7 +62,7 @@ class ServeOptions:
     log_level: LogLevel
 
     def checked(self) -> "ServeOptions":
-        """Return these options, or raise ConfigError with a line for each that cannot be used."""
+        """Return these options, the kubelet's directory normalised, or raise ConfigError with a line for each mistake."""
         checks: list[tuple[str, str, Callable[[str], object]]] = [
             ("endpoint", self.endpoint, parse_endpoint),
             ("node-id", self.node_id, parse_node_id),
@@ -79,4 +79,4 @@ class ServeOptions:
                 problems.append(f"--{flag} (or {variable}) = {shown(value)}: {error}")
         if problems:
             raise ConfigError(*problems)
-        return self
+        return replace(self, kubelet_dir=parse_directory(str(self.kubelet_dir)))

@@ -5,6 +5,7 @@ Flags, environment and `pools.toml` all come through here, so a socket path or a
 
 import ipaddress
 import json
+import os
 import re
 from pathlib import Path
 
@@ -15,7 +16,7 @@ _DRIVER_NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*")
 _POOL_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,30}[a-z0-9])?")
 _HOST_NAME = re.compile(rf"(?i:{_LABEL}(\.{_LABEL})*)")
 _INTERFACE = re.compile(r"[A-Za-z0-9][-A-Za-z0-9_.]{0,14}")
-_MOUNT_OPTION = re.compile(r"""(?!-)[!-~]+""")
+_MOUNT_OPTION = re.compile(r"""(?!-)((?![,"'`\\])[!-~])+""")
 _NODE_ID = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,251}[A-Za-z0-9])?")
 
 
@@ -41,9 +42,10 @@ def parse_endpoint(text: str) -> Path:
         raise ConfigError("must be unix:// and an absolute path, so three slashes: unix:///csi/csi.sock")
     if path.endswith("/"):
         raise ConfigError("must name a socket, not a directory")
-    if len(path.encode("utf-8", "surrogateescape")) > MAX_SOCKET_PATH_BYTES:
+    socket = parse_directory(path)
+    if len(os.fsencode(socket)) > MAX_SOCKET_PATH_BYTES:
         raise ConfigError(f"the path of a Unix socket has at most {MAX_SOCKET_PATH_BYTES} bytes (unix(7))")
-    return parse_directory(path)
+    return socket
 
 
 def parse_metrics_address(text: str) -> tuple[str, int]:
@@ -99,10 +101,7 @@ def parse_server(text: str) -> str:
         address, percent, interface = text[1:-1].partition("%")
         if _is_address(address, ipaddress.IPv6Address) and (not percent or _INTERFACE.fullmatch(interface)):
             return text
-    elif _is_address(text, ipaddress.IPv4Address):
-        return text
-    # A name whose last label is a number is a mistyped IPv4 address, never a host (RFC 1123, section 2.1).
-    elif _HOST_NAME.fullmatch(text) and len(text) <= 253 and not text.rpartition(".")[2].isdecimal():
+    elif _is_address(text, ipaddress.IPv4Address) or _is_host_name(text):
         return text
     raise ConfigError("must be a host name, an IPv4 address or an [IPv6] address")
 
@@ -123,6 +122,18 @@ def parse_driver_name(text: str) -> str:
             "must be a lower-case domain name (RFC 1123 subdomain) of at most 63 characters, such as hostpath.csi.tatami.dev"
         )
     return text
+
+
+def parse_pool_name(text: str) -> str:
+    """Return a pool's name. It has no dots because volume handles are `<pool>.<id>`."""
+    if not _POOL_NAME.fullmatch(text):
+        raise ConfigError("a pool's name is 1 to 32 of a-z, 0-9 and '-', beginning and ending with a letter or digit")
+    return text
+
+
+def _is_host_name(text: str) -> bool:
+    # A name whose last label is a number is a mistyped IPv4 address, never a host (RFC 1123, section 2.1).
+    return bool(_HOST_NAME.fullmatch(text)) and len(text) <= 253 and not text.rpartition(".")[2].isdecimal()
 
 
 def _is_address(text: str, kind: type[ipaddress.IPv4Address] | type[ipaddress.IPv6Address]) -> bool:

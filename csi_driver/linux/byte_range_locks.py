@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import struct
+import threading
 from types import TracebackType
 from typing import Self
 
@@ -51,6 +52,8 @@ class HeldLock:
         """Take over the descriptor that holds the lock."""
         self._descriptor = descriptor
         self._offset = offset
+        # A watcher may ask while the owner lets go; the descriptor's number must not be another file's by then.
+        self._guard = threading.Lock()
         self._kind = kind
 
     def still_held(self) -> bool:
@@ -60,25 +63,27 @@ class HeldLock:
         client whose lease ran out answers EIO to whoever uses the descriptor of a lost lock. A loss that nobody else used
         and that the client did not report cannot be seen from here.
         """
-        if self._descriptor < 0:
-            return False
-        try:
-            os.pread(self._descriptor, 1, 0)
-            return os.fstat(self._descriptor).st_nlink > 0 and _set(self._descriptor, self._kind, self._offset)
-        except OSError:
-            return False
+        with self._guard:
+            if self._descriptor < 0:
+                return False
+            try:
+                os.pread(self._descriptor, 1, 0)
+                return os.fstat(self._descriptor).st_nlink > 0 and _set(self._descriptor, fcntl.F_WRLCK, self._offset)
+            except OSError:
+                return False
 
     def release(self) -> None:
         """Let go. Doing it twice is harmless; a server that cannot be reached lets the lease run out."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor < 0:
-            return
-        try:
-            _set(descriptor, fcntl.F_UNLCK, self._offset)
-        except OSError:  # the lock is gone already, and closing lets go of the rest
-            pass
-        finally:
-            os.close(descriptor)
+        with self._guard:
+            descriptor, self._descriptor = self._descriptor, -1
+            if descriptor < 0:
+                return
+            try:
+                _set(descriptor, fcntl.F_UNLCK, self._offset)
+            except OSError:  # the lock is gone already, and closing lets go of the rest
+                pass
+            finally:
+                os.close(descriptor)
 
     def __enter__(self) -> Self:
         return self

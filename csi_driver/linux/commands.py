@@ -42,7 +42,7 @@ class Completed:
     stderr: str  # undecodable bytes as \\xNN, so that it can be printed; the last OUTPUT_LIMIT bytes
 
 
-class CommandFailed(Exception):  # noqa: N818  # a verdict, like every error of ours
+class CommandFailed(Exception):
     """A command ended with another exit code than 0, or printed more than anyone can have meant."""
 
     def __init__(self, argv: Sequence[str], returncode: int, stdout: str, stderr: str) -> None:
@@ -55,7 +55,7 @@ class CommandFailed(Exception):  # noqa: N818  # a verdict, like every error of 
         return f"`{_shown(self.argv)}` {how}: {last_lines[-400:] or 'it said nothing'}"
 
 
-class CommandMissing(Exception):  # noqa: N818  # likewise
+class CommandMissing(Exception):
     """The command is not installed, or not executable, where the driver runs."""
 
     def __init__(self, command: str, reason: str) -> None:

@@ -111,7 +111,7 @@ def resolved(path: str | os.PathLike[str]) -> str:
     parent, name = os.path.split(text.rstrip("/"))
     if not text.startswith("/") or name in {".", ".."}:
         raise ValueError(f"not an absolute path to a name: {text!r}")
-    return os.path.realpath(parent).rstrip("/") + "/" + name
+    return os.path.realpath(parent or "/").rstrip("/") + "/" + name
 
 
 def parse_line(line: bytes) -> Mount:

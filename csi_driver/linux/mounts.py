@@ -27,7 +27,16 @@ from csi_driver.errors import AlreadyExists, DeadlineExceeded, FailedPreconditio
 from csi_driver.linux import bind_fallback, commands, mount_api, mountinfo
 from csi_driver.linux.bind_flags import MountAttributes, parse_bind_flags
 
-__all__ = ["MountAttributes", "bind", "mount_is_read_only", "parse_bind_flags", "same_file_mounted", "unmount", "unmount_all"]
+__all__ = [
+    "MountAttributes",
+    "bind",
+    "mount_is_read_only",
+    "mounts_of",
+    "parse_bind_flags",
+    "same_file_mounted",
+    "unmount",
+    "unmount_all",
+]
 
 # Unmounting these waits for a local disk at worst. Everything else may wait for a server, or for a process (FUSE).
 _LOCAL_FILESYSTEMS = frozenset(
@@ -43,7 +52,8 @@ def bind(source_fd: int, target: Path, attributes: MountAttributes, *, recursive
     On a network filesystem the caller runs this where a hang does no harm, as with opening `source_fd`.
 
     Raises AlreadyExists when something is mounted on the target, FailedPrecondition when it is a symbolic link, OSError from the
-    kernel (ENOENT: no target, ENOTDIR: directory onto file or the reverse), commands.CommandFailed from mount(8).
+    kernel (ENOENT: no such target, or the source was removed; EINVAL: a directory onto a file or the reverse), and where mount(8)
+    has to do it, commands.CommandFailed for the last two.
     """
     taken = mountinfo.topmost_mount_at(target)
     if taken is not None:
@@ -93,7 +103,17 @@ def same_file_mounted(source_fd: int, target: Path) -> bool:
     touched. False also when it cannot be known: the source has been removed, or lies on a mount that this namespace does not see.
     """
     top = mountinfo.topmost_mount_at(target)
-    return top is not None and not top.root_deleted and (top.device, top.root) == _place_in_filesystem(source_fd)
+    return top is not None and (top.device, top.root) == _place_in_filesystem(source_fd)
+
+
+def mounts_of(source_fd: int) -> list[Path]:
+    """List where the directory or file open as `source_fd`, or something in it, is mounted; empty when that cannot be known."""
+    place = _place_in_filesystem(source_fd)
+    if place is None:
+        return []
+    device, root = place
+    inside = root.rstrip("/") + "/"
+    return [Path(m.mount_point) for m in mountinfo.read_mounts() if m.device == device and (m.root + "/").startswith(inside)]
 
 
 def mount_is_read_only(target: Path) -> bool | None:
@@ -131,7 +151,7 @@ def _place_in_filesystem(fd: int) -> tuple[str, str] | None:
     """Name the device ("major:minor") and the path within the filesystem of an open file, without asking the filesystem."""
     facts = dict(line.split(":", 1) for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines() if ":" in line)
     mount = next((mount for mount in mountinfo.read_mounts() if mount.mount_id == int(facts["mnt_id"])), None)
-    path = os.readlink(f"/proc/self/fd/{fd}")
+    path = str(Path(f"/proc/self/fd/{fd}").readlink())
     # A removed file is shown with this ending. One that is really called so is taken for removed, which errs on the safe side.
     if mount is None or path.endswith(" (deleted)"):
         return None

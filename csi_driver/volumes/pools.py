@@ -34,6 +34,7 @@ FORMAT_VERSION = 1
 VOLUMES, SNAPSHOTS, GROUPS = "volumes", "snapshots", "groups"
 RETAINED, ARCHIVED = "retained", "archived"
 SNAPSHOT_DATA, STAGING, TRASH = "snapshots-data", "staging", "trash"
+TRASHED_DATA, TRASHED_RECORD = "data", "record.json"
 _FOLDERS = (VOLUMES, SNAPSHOTS, GROUPS, RETAINED, ARCHIVED, SNAPSHOT_DATA, STAGING, TRASH)
 ARCHIVE_DIRECTORY = "archived"
 """Where, beside the volumes, the data of `onDelete: archive` goes."""
@@ -206,13 +207,13 @@ class PoolStore:
     ) -> None:
         """Move the record after its data: from here on the name is free, and the reaper may begin."""
         with self._trash_entry(trash_name) as entry:
-            records.move(record_id, entry, "record.json")
+            records.move(record_id, entry, TRASHED_RECORD)
         self._trash_filled.set()
 
     def _trash_data(self, parent: int, name: str, trash_name: str) -> None:
         with self._trash_entry(trash_name) as entry:
             try:
-                os.rename(name, "data", src_dir_fd=parent, dst_dir_fd=entry)
+                os.rename(name, TRASHED_DATA, src_dir_fd=parent, dst_dir_fd=entry)
             except FileNotFoundError:
                 return
             files.sync_directory(entry)

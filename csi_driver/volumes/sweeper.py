@@ -1,25 +1,25 @@
-"""The sweeper: empties the trash, completes what nobody will ask for again, and removes what a crash left.
+"""The sweeper: completes what nobody will ask for again, removes what a crash left, and lets the reaper empty the trash.
 
-It never works on what somebody holds: each thing is taken only under the lock that its operation would hold, and nothing is removed
-that lies outside `.csi`.
+It never works on what somebody holds: each thing is taken only under the lock that its operation would hold. And it never gets in
+anybody's way: what looks left over may be in the making, so it is only touched when it looks the same a round later.
 """
 
 import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from csi_driver.errors import OperationPending, TatamiError
 from csi_driver.linux import files
-from csi_driver.linux.trees import remove_tree
 from csi_driver.volumes.groups import Groups
 from csi_driver.volumes.handles import ID_PATTERN
 from csi_driver.volumes.locks import KeyedLocks
-from csi_driver.volumes.model import Phase
-from csi_driver.volumes.pools import GROUPS, SNAPSHOTS, STAGING, TRASH, VOLUMES, Pools, PoolStore
+from csi_driver.volumes.model import GroupRecord, Phase, SnapshotRecord, VolumeRecord
+from csi_driver.volumes.pools import GROUPS, SNAPSHOTS, STAGING, VOLUMES, Pools, PoolStore
+from csi_driver.volumes.reaper import Reaper
 from csi_driver.volumes.removal import SnapshotRemoval, VolumeRemoval
 
 _log = logging.getLogger(__name__)
@@ -28,17 +28,16 @@ INTERVAL_SECONDS = 30.0
 ABANDONED_SECONDS = 24 * 3600.0
 """After this long, a creation that was cut off and never asked for again will not be: the orchestrator has given up on it."""
 _TEMPORARY_SECONDS = 3600.0
-_REAPING = "reaping."
 
 
 @dataclass
 class SweepReport:
     """What one round did, in things."""
 
-    trash_removed: int = 0
-    staging_removed: int = 0
-    completed: int = 0
-    abandoned: int = 0
+    trash: int = 0
+    staging: int = 0
+    deletions_completed: int = 0
+    creations_abandoned: int = 0
     failed: int = 0
 
 
@@ -61,12 +60,13 @@ class Sweeper:
         self._groups = groups
         self._wake = trash_filled
         self._stop = threading.Event()
+        self._reaper = Reaper(self._stop.is_set)
         self._thread: threading.Thread | None = None
-        self.last = SweepReport()
+        self._suspects: set[tuple[str, str]] = set()
 
-    def start(self) -> None:
-        """Sweep now and from then on, until `stop`."""
-        self._thread = threading.Thread(target=self._run, name="sweeper", daemon=True)
+    def start(self, observe: Callable[[float, SweepReport], None] = lambda _seconds, _report: None) -> None:
+        """Sweep now and from then on, until `stop`; `observe` is told of each round, how long it took (seconds) and what it did."""
+        self._thread = threading.Thread(target=self._run, args=(observe,), name="sweeper", daemon=True)
         self._thread.start()
 
     def stop(self, timeout: float) -> None:
@@ -76,99 +76,94 @@ class Sweeper:
         if self._thread is not None:
             self._thread.join(timeout)
 
-    def _run(self) -> None:
+    def _run(self, observe: Callable[[float, SweepReport], None]) -> None:
+        next_sweep = time.monotonic()
         while not self._stop.is_set():
-            self._wake.clear()  # before the sweep: what comes into the trash from here on is seen now or in the next round
-            self.last = self.sweep()
-            self._wake.wait(INTERVAL_SECONDS)
+            self._wake.clear()  # before the round: what comes into the trash from here on is seen now or in the next one
+            started = time.monotonic()
+            report = SweepReport()
+            if started >= next_sweep:
+                self._each_pool(self._leftovers, report, patient=True)
+                next_sweep = started + INTERVAL_SECONDS
+            self._each_pool(self._empty_trash, report, patient=True)
+            observe(time.monotonic() - started, report)
+            self._wake.wait(max(0.0, next_sweep - time.monotonic()))
 
     def sweep(self) -> SweepReport:
-        """Go through all pools once."""
+        """Go through all pools once, at once: for a start, before anybody is served, and for whoever wants to see the result."""
         report = SweepReport()
-        for store in self._pools:
-            for step in (self._sweep_staging, self._complete, self._reap, self._sweep_temporaries):
-                if self._stop.is_set():
-                    return report
-                try:
-                    step(store, report)
-                except (TatamiError, OSError) as error:
-                    report.failed += 1
-                    _log.warning(
-                        "sweeping failed", extra={"pool": store.name, "step": step.__name__.strip("_"), "error": str(error)}
-                    )
+        self._each_pool(self._leftovers, report, patient=False)
+        self._each_pool(self._empty_trash, report, patient=False)
         return report
 
-    # --- steps --------------------------------------------------------------------------------------------------------------------
+    def _each_pool(self, step: Callable[[PoolStore, SweepReport, bool], None], report: SweepReport, *, patient: bool) -> None:
+        for store in self._pools:
+            if self._stop.is_set():
+                return
+            try:
+                step(store, report, patient)
+            except (TatamiError, OSError) as error:
+                report.failed += 1
+                _log.warning("sweeping failed", extra={"pool": store.name, "error": str(error)})
 
-    def _sweep_staging(self, store: PoolStore, report: SweepReport) -> None:
-        """Throw away staging that nobody is building: a retry always builds anew."""
-        with store.open(STAGING) as staging:
-            names = os.listdir(staging)
-        for record_id in {name.partition(".")[0] for name in names}:
-            with self._unless_busy(store, record_id) as free:
-                if free:
-                    store.trash_staging(record_id)
-                    report.staging_removed += 1
+    # --- trash --------------------------------------------------------------------------------------------------------------------
 
-    def _complete(self, store: PoolStore, report: SweepReport) -> None:
-        """Finish deletions that were cut off, and take back creations that were abandoned."""
-        oldest = time.time_ns() - int(ABANDONED_SECONDS * 1e9)
-        for volume in list(store.volumes.readable()):
-            if volume.phase is Phase.DELETING or (volume.phase is Phase.CREATING and volume.created_at_ns < oldest):
-                with self._unless_busy(store, volume.id) as free:
-                    current = store.volumes.get(volume.id) if free else None
-                    if current is not None and (current.phase, current.token) == (volume.phase, volume.token):
-                        self._volumes.remove(store, current)
-                        self._count(report, volume.phase)
-        for group in list(store.groups.readable()):
-            if group.phase is Phase.DELETING or (group.phase is Phase.CREATING and group.created_at_ns < oldest):
-                with self._locks.hold(store, f"group:{group.id}"):
-                    if (record := store.groups.get(group.id)) is not None and record.phase is group.phase:
-                        self._groups.finish_removal(store, record)
-                        self._count(report, group.phase)
-        for snapshot in list(store.snapshots.readable()):
-            stale = snapshot.phase is Phase.CREATING and snapshot.created_at_ns < oldest and snapshot.group_handle is None
-            if snapshot.phase is Phase.DELETING or stale:
-                with self._unless_busy(store, snapshot.id) as free:
-                    found = store.snapshots.get(snapshot.id) if free else None
-                    if found is not None and (found.phase, found.token) == (snapshot.phase, snapshot.token):
-                        self._snapshots.remove(store, found)
-                        self._count(report, snapshot.phase)
+    def _empty_trash(self, store: PoolStore, report: SweepReport, _patient: bool) -> None:
+        removed, failed = self._reaper.empty(store)
+        report.trash += removed
+        report.failed += failed
 
-    def _count(self, report: SweepReport, phase: Phase) -> None:
-        if phase is Phase.DELETING:
-            report.completed += 1
-        else:
-            report.abandoned += 1
+    # --- leftovers ----------------------------------------------------------------------------------------------------------------
 
-    def _reap(self, store: PoolStore, report: SweepReport) -> None:
-        """Remove what is in the trash, for good."""
-        with store.open(TRASH) as trash:
-            for name in sorted(os.listdir(trash)):
-                if self._stop.is_set():
-                    return
-                taken = name if name.startswith(_REAPING) else self._take(store, trash, name)
-                if taken is None:
-                    continue
-                try:
-                    remove_tree(trash, taken, should_stop=self._stop.is_set)
-                    report.trash_removed += 1
-                except (TatamiError, OSError) as error:
-                    report.failed += 1
-                    _log.warning("the trash cannot be emptied", extra={"pool": store.name, "entry": taken, "error": str(error)})
+    def _leftovers(self, store: PoolStore, report: SweepReport, patient: bool) -> None:
+        seen: set[tuple[str, str]] = set()
 
-    def _take(self, store: PoolStore, trash: int, name: str) -> str | None:
-        # A deletion puts its data in first and its record last: the entry is ours to remove once nobody holds its lock.
-        with self._unless_busy(store, name.partition(".")[0]) as free:
-            if not free:
-                return None
-            os.rename(name, _REAPING + name, src_dir_fd=trash, dst_dir_fd=trash)
-            return _REAPING + name
+        def stale(thing: str) -> bool:
+            seen.add((store.name, thing))
+            return not patient or (store.name, thing) in self._suspects
 
-    def _sweep_temporaries(self, store: PoolStore, _report: SweepReport) -> None:
+        self._sweep_staging(store, report, stale)
+        self._complete(store, report, stale)
         for folder in (VOLUMES, SNAPSHOTS, GROUPS):
             with store.open(folder) as opened:
                 files.remove_leftover_temporaries(opened, _TEMPORARY_SECONDS)
+        self._suspects = {suspect for suspect in self._suspects if suspect[0] != store.name} | seen
+
+    def _sweep_staging(self, store: PoolStore, report: SweepReport, stale: Callable[[str], bool]) -> None:
+        """Throw away staging that nobody is building: a retry always builds anew."""
+        with store.open(STAGING) as staging:
+            names = os.listdir(staging)
+        for record_id in {name.partition(".")[0] for name in names if stale(name)}:
+            with self._unless_busy(store, record_id) as free:
+                if free:
+                    store.trash_staging(record_id)
+                    report.staging += 1
+
+    def _complete(self, store: PoolStore, report: SweepReport, stale: Callable[[str], bool]) -> None:
+        """Finish deletions that were cut off, and take back creations that were abandoned."""
+        oldest = time.time_ns() - int(ABANDONED_SECONDS * 1e9)
+
+        def left_over(record: VolumeRecord | SnapshotRecord | GroupRecord) -> bool:
+            abandoned = record.phase is Phase.CREATING and record.created_at_ns < oldest
+            return (record.phase is Phase.DELETING and stale(record.token)) or abandoned
+
+        for volume in [record for record in store.volumes.readable() if left_over(record)]:
+            with self._unless_busy(store, volume.id) as free:
+                current = store.volumes.get(volume.id) if free else None
+                if current is not None and (current.phase, current.token) == (volume.phase, volume.token):
+                    self._volumes.remove(store, current)
+                    _count(report, volume.phase)
+        for group in [record for record in store.groups.readable() if left_over(record)]:
+            with self._locks.hold(store, f"group:{group.id}"):
+                if (record := store.groups.get(group.id)) is not None and record.phase is group.phase:
+                    self._groups.finish_removal(store, record)
+                    _count(report, group.phase)
+        for snapshot in [record for record in store.snapshots.readable() if record.group_handle is None and left_over(record)]:
+            with self._unless_busy(store, snapshot.id) as free:
+                found = store.snapshots.get(snapshot.id) if free else None
+                if found is not None and (found.phase, found.token) == (snapshot.phase, snapshot.token):
+                    self._snapshots.remove(store, found)
+                    _count(report, snapshot.phase)
 
     @contextmanager
     def _unless_busy(self, store: PoolStore, record_id: str) -> Iterator[bool]:
@@ -182,3 +177,10 @@ class Sweeper:
             except OperationPending:
                 free = False
             yield free
+
+
+def _count(report: SweepReport, phase: Phase) -> None:
+    if phase is Phase.DELETING:
+        report.deletions_completed += 1
+    else:
+        report.creations_abandoned += 1

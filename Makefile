@@ -1,0 +1,83 @@
+# Everything a developer types. Each target sets up what it needs; nothing has to be installed by hand but Python >= 3.11, Go and make.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+CACHE := .cache
+SANITY_VERSION := v5.6.0
+SANITY := $(CACHE)/bin/csi-sanity-$(SANITY_VERSION)
+PYTEST := $(VENV)/bin/python -m pytest
+
+.PHONY: help
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# --- set-up -------------------------------------------------------------------------------------------------------------------------
+$(VENV)/bin/pip:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (make PYTHON=/path/to/python3)")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/runtime.stamp: requirements/runtime.txt | $(VENV)/bin/pip
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/runtime.txt
+	@touch $@
+
+$(VENV)/dev.stamp: requirements/dev.txt pyproject.toml | $(VENV)/bin/pip
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@ $(VENV)/runtime.stamp
+
+.PHONY: setup
+setup: $(VENV)/dev.stamp ## Make the virtual environment with everything a developer needs
+
+# The version is in the name, so another pin is another file and nothing stale is ever run.
+$(SANITY):
+	@mkdir -p $(dir $@)
+	GOBIN=$(abspath $(CACHE)/bin) CGO_ENABLED=0 go install github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity@$(SANITY_VERSION)
+	mv $(CACHE)/bin/csi-sanity $@
+
+.PHONY: lock
+lock: $(VENV)/dev.stamp ## Renew the locked dependencies from pyproject.toml
+	$(VENV)/bin/uv pip compile --quiet --upgrade --universal --generate-hashes --no-header --no-emit-index-url pyproject.toml -o requirements/runtime.txt
+	$(VENV)/bin/uv pip compile --quiet --upgrade --universal --generate-hashes --no-header --no-emit-index-url pyproject.toml --group dev -o requirements/dev.txt
+
+.PHONY: proto
+proto: $(VENV)/dev.stamp ## Generate the protocol's code from proto/csi.proto
+	$(VENV)/bin/python proto/generate.py
+
+# --- use ----------------------------------------------------------------------------------------------------------------------------
+.PHONY: run
+run: $(VENV)/runtime.stamp ## Run the driver on a directory of its own and watch a volume's whole life
+	@$(VENV)/bin/python -m csi_driver try --directory run
+
+# --- test ---------------------------------------------------------------------------------------------------------------------------
+.PHONY: test
+test: lint test-fast test-minutes ## Everything: lint, types, unit, mounts, csi-sanity, storms
+
+.PHONY: lint
+lint: $(VENV)/dev.stamp ## Style, types, layers, generated code (seconds)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache
+	$(VENV)/bin/python proto/generate.py --check
+
+.PHONY: format
+format: $(VENV)/dev.stamp ## Put the code into shape
+	$(VENV)/bin/ruff check --fix --quiet .
+	$(VENV)/bin/ruff format --quiet .
+
+.PHONY: test-fast
+test-fast: $(VENV)/dev.stamp ## Tests that take seconds
+	$(PYTEST) -m "not minutes"
+
+.PHONY: test-minutes
+test-minutes: $(VENV)/dev.stamp $(SANITY) ## Tests that take minutes: csi-sanity, storms, many volumes
+	CSI_SANITY=$(abspath $(SANITY)) $(PYTEST) -m minutes
+
+.PHONY: sanity
+sanity: $(VENV)/dev.stamp $(SANITY) ## csi-sanity against the driver on hostPath
+	CSI_SANITY=$(abspath $(SANITY)) $(PYTEST) -m minutes tests/sanity -s
+
+.PHONY: clean
+clean: ## Remove what was built, but not the caches of other tools
+	rm -rf $(VENV) $(CACHE) run build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

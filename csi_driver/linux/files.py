@@ -1,0 +1,217 @@
+"""Files that must be whole after any crash, and directories claimed by exactly one.
+
+Records live on local filesystems and on NFS, so only what both promise is used: rename replaces atomically, link and mkdir
+are exclusive, fsync of a file and of its directory makes them last. NFS can carry an exclusive step out and lose the reply;
+the caller's own token in the data then tells "mine" from "another's".
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+import time
+from collections.abc import Callable
+
+from csi_driver.linux.beneath import open_beneath
+from csi_driver.linux.system_calls import sync_filesystem
+
+__all__ = [
+    "create_exclusively",
+    "make_directories_beneath",
+    "move_into_place",
+    "open_beneath",
+    "read_bounded",
+    "remove_leftover_temporaries",
+    "sync_directory",
+    "sync_filesystem",
+    "write_atomically",
+]
+
+TEMPORARY_PREFIX = ".tmp."
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+
+
+def write_atomically(directory_fd: int, name: str, data: bytes) -> None:
+    """Replace the content of `name` (mode 0600): after any crash the old content or the new, never a mixture.
+
+    It has reached the disk (or the server) when this returns. Raises OSError; nothing is left over then.
+    """
+    temporary = _write_temporary(directory_fd, _single(name), data)
+    try:
+        os.rename(temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
+    except OSError:
+        _unlink_if_there(directory_fd, temporary)
+        raise
+    sync_directory(directory_fd)
+
+
+def create_exclusively(directory_fd: int, name: str, data: bytes, confirm: Callable[[bytes], bool]) -> None:
+    """Create `name` with `data` (mode 0600), durable and whole from its first moment, unless there is one.
+
+    Raises FileExistsError when `name` exists and is not ours: neither made by this very call (its reply was lost) nor
+    recognised by `confirm`, which gets the existing content (at most 1 MiB; e.g. an earlier try's token). Raises OSError.
+    """
+    temporary = _write_temporary(directory_fd, _single(name), data)
+    try:
+        try:
+            os.link(temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd, follow_symlinks=False)
+        except FileExistsError:
+            ours = os.stat(temporary, dir_fd=directory_fd, follow_symlinks=False)
+            theirs = os.stat(name, dir_fd=directory_fd, follow_symlinks=False)
+            if not os.path.samestat(ours, theirs) and not confirm(read_bounded(directory_fd, name, 1024 * 1024)):
+                raise
+    finally:
+        _unlink_if_there(directory_fd, temporary)
+    sync_directory(directory_fd)
+
+
+def read_bounded(directory_fd: int, name: str, limit_bytes: int) -> bytes:
+    """Read the whole regular file `name`.
+
+    Raises OSError: EFBIG beyond `limit_bytes`, ELOOP for a symlink, EINVAL for anything else that is no regular file.
+    """
+    # O_NONBLOCK: a fifo in its place must not make us wait for a writer.
+    descriptor = os.open(_single(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory_fd)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", name)
+        pieces = []
+        room = limit_bytes + 1
+        while room and (piece := os.read(descriptor, min(room, 1024 * 1024))):
+            pieces.append(piece)
+            room -= len(piece)
+        if not room:
+            raise OSError(errno.EFBIG, f"larger than {limit_bytes} bytes", name)
+        return b"".join(pieces)
+    finally:
+        os.close(descriptor)
+
+
+def sync_directory(directory_fd: int) -> None:
+    """Make the names in a directory last. EINVAL passes: some network filesystems cannot, and do it without being asked."""
+    try:
+        os.fsync(directory_fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+
+
+def remove_leftover_temporaries(directory_fd: int, older_than_seconds: float) -> int:
+    """Remove what a killed writer left in the directory and return how many.
+
+    Age is the file's mtime against this machine's clock, so `older_than_seconds` must exceed any server's drift.
+    """
+    removed = 0
+    newest = time.time() - older_than_seconds
+    with os.scandir(directory_fd) as entries:
+        for entry in entries:
+            if entry.name.startswith(TEMPORARY_PREFIX):
+                with contextlib.suppress(FileNotFoundError):
+                    status = os.stat(entry.name, dir_fd=directory_fd, follow_symlinks=False)
+                    if stat.S_ISREG(status.st_mode) and status.st_mtime < newest:
+                        os.unlink(entry.name, dir_fd=directory_fd)
+                        removed += 1
+    return removed
+
+
+def make_directories_beneath(directory_fd: int, path: str, mode: int, *, exclusive: bool) -> list[str]:
+    """Make the directory `path` and those above it as needed, below the directory, and return those made, topmost first.
+
+    Those made get exactly `mode` (no umask) and are durable. With `exclusive` the last one must not exist yet. Raises OSError:
+    FileExistsError for that, ELOOP or ENOTDIR where something else stands in the way, EXDEV for `..` or a mount point,
+    EINVAL for a path without a name; what was made is then removed again.
+    """
+    components = [part for part in path.split("/") if part not in {"", "."}]
+    if path.startswith("/") or ".." in components:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), path)
+    if not components:
+        raise OSError(errno.EINVAL, "names no directory", path)
+    made: list[str] = []
+    parent = os.dup(directory_fd)
+    try:
+        for depth, component in enumerate(components, start=1):
+            if _make_directory(parent, component, mode, exclusive=exclusive and depth == len(components)):
+                made.append("/".join(components[:depth]))
+            child = open_beneath(parent, component, _DIRECTORY)
+            os.close(parent)
+            parent = child
+    except OSError:
+        for one in reversed(made):
+            _remove_made(directory_fd, one)
+        raise
+    finally:
+        os.close(parent)
+    return made
+
+
+def move_into_place(source_directory_fd: int, source_name: str, target_directory_fd: int, target_name: str) -> None:
+    """Move a directory over an empty one that the caller made by exclusive mkdir, and make both ends last.
+
+    rename(2) replaces an empty directory and no other, so what a tenant or another controller put there is safe.
+    Raises OSError: ENOTEMPTY or EEXIST when it is no longer empty, ENOTDIR when it is no directory, ENOENT when the source is gone.
+    """
+    os.rename(_single(source_name), _single(target_name), src_dir_fd=source_directory_fd, dst_dir_fd=target_directory_fd)
+    sync_directory(target_directory_fd)
+    sync_directory(source_directory_fd)
+
+
+def _make_directory(parent_fd: int, name: str, mode: int, *, exclusive: bool) -> bool:
+    try:
+        os.mkdir(name, 0o700, dir_fd=parent_fd)
+    except FileExistsError:
+        if exclusive:
+            raise
+        return False
+    try:
+        descriptor = open_beneath(parent_fd, name, _DIRECTORY)
+        try:
+            os.fchmod(descriptor, mode)
+            sync_directory(descriptor)
+        finally:
+            os.close(descriptor)
+        sync_directory(parent_fd)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.rmdir(name, dir_fd=parent_fd)
+        raise
+    return True
+
+
+def _remove_made(directory_fd: int, path: str) -> None:
+    above, _, name = path.rpartition("/")
+    with contextlib.suppress(OSError):
+        parent = open_beneath(directory_fd, above or ".", _DIRECTORY)
+        try:
+            os.rmdir(name, dir_fd=parent)
+        finally:
+            os.close(parent)
+
+
+def _single(name: str) -> str:
+    if not name or "/" in name or name in {".", ".."}:
+        raise OSError(errno.EINVAL, "not the name of one entry", name)
+    return name
+
+
+def _write_temporary(directory_fd: int, name: str, data: bytes) -> str:
+    temporary = f"{TEMPORARY_PREFIX}{name[:64]}.{secrets.token_hex(8)}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    descriptor = os.open(temporary, flags, 0o600, dir_fd=directory_fd)
+    try:
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[os.write(descriptor, left) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)  # NFS may report a failed write only here
+    except OSError:
+        _unlink_if_there(directory_fd, temporary)
+        raise
+    return temporary
+
+
+def _unlink_if_there(directory_fd: int, name: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=directory_fd)

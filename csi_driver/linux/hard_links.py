@@ -1,0 +1,119 @@
+"""Which inodes with several names a copy has met, and where their first copies are.
+
+A first copy is found again by its way down in the target, kept as a chain that inodes of one directory share: neither its length
+nor the number of descriptors has a limit. An inode is forgotten once all its names were met.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Optional
+
+from csi_driver.linux import beneath
+from csi_driver.linux.system_calls import InodeReader, magic_link
+
+_PATH_BYTES = 4000  # PATH_MAX is 4096
+
+Key = tuple[int, tuple[int, int], tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    name: bytes
+    parent: Optional["_Place"]
+
+
+@dataclass(slots=True)
+class _First:
+    directory: _Place
+    name: bytes
+    names_left: int
+
+
+class HardLinks:
+    """The table of one copy. Kept in step with the walk by `enter` and `leave`."""
+
+    def __init__(self, target_top_fd: int) -> None:
+        """Begin at the top of the target; the descriptor stays the caller's."""
+        self._top_fd = target_top_fd
+        self._here = _Place(b"", None)
+        self._firsts: dict[Key, _First] = {}
+        self._held: list[tuple[_Place, bytes, int]] = []
+        self._reader = InodeReader()
+
+    def enter(self, name: bytes) -> None:
+        """Follow the walk down."""
+        self._here = _Place(name, self._here)
+
+    def leave(self) -> None:
+        """Follow the walk up."""
+        assert self._here.parent is not None
+        self._here = self._here.parent
+
+    def link(self, pinned: int, target_fd: int, name: bytes, names: int) -> bool:
+        """Link `name` to the first copy of the inode that `pinned` holds, which has so many names.
+
+        False when there is none: the caller makes one under this name, and it counts as the first from now on.
+        Raises OSError as link(2); after such a refusal, too, this name counts as the first.
+        """
+        status = self._reader.read(pinned)
+        # With its birth time, for a number may be given to another inode while the copy runs.
+        key = (status.inode, status.device, status.birth)
+        first = self._firsts.get(key)
+        if first is None:
+            self._firsts[key] = _First(self._here, name, names - 1)
+            return False
+        try:
+            self._link_to(first, target_fd, name)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            self._firsts[key] = _First(self._here, name, first.names_left)
+            if isinstance(error, FileNotFoundError):  # the first could not be made
+                return False
+            raise
+        first.names_left -= 1
+        if first.names_left <= 0:
+            del self._firsts[key]
+        return True
+
+    def hold(self, name: bytes, flags: int) -> None:
+        """Keep flags of the copy `name` in the current directory that would forbid further links to it, for `held`."""
+        self._held.append((self._here, name, flags))
+
+    def held(self) -> Iterator[tuple[int, int]]:
+        """Yield what was kept back: a pinned descriptor, closed on the next step, and the flags."""
+        for place, name, flags in self._held:
+            pinned = self._find(place, name)
+            try:
+                yield pinned, flags
+            finally:
+                os.close(pinned)
+
+    def _link_to(self, first: _First, target_fd: int, name: bytes) -> None:
+        if first.directory is self._here:
+            os.link(first.name, name, src_dir_fd=target_fd, dst_dir_fd=target_fd, follow_symlinks=False)
+            return
+        pinned = self._find(first.directory, first.name)
+        try:
+            # Following the magic link leads to the inode itself, be it a symlink; nothing else is followed.
+            os.link(magic_link(pinned), name, dst_dir_fd=target_fd, follow_symlinks=True)
+        finally:
+            os.close(pinned)
+
+    def _find(self, place: _Place, name: bytes) -> int:
+        names = [name]
+        while place.parent is not None:
+            names.append(place.name)
+            place = place.parent
+        found = os.dup(self._top_fd)
+        path = b""
+        while names:
+            path = path + b"/" + names.pop() if path else names.pop()
+            if not names or len(path) + len(names[-1]) >= _PATH_BYTES:
+                try:
+                    deeper = beneath.open_beneath(found, path, os.O_PATH | os.O_NOFOLLOW)
+                finally:
+                    os.close(found)
+                found, path = deeper, b""
+        return found

@@ -1,0 +1,120 @@
+"""Where a walk through a tree stands: the directories from its top down to the current one.
+
+The tree belongs to somebody who changes it meanwhile and who may mean harm. So the way down is a chain of descriptors, never a
+path; a directory is read in pieces; and only the deepest 64 directories hold a descriptor, for a tenant can nest 10,000 of them,
+beyond any path length and descriptor limit. On the way up a closed one is opened again as `..`, without side effects, and
+must prove to be the same inode; its reading goes on at the position that the filesystem gave for the last entry taken.
+Memory is O(depth + one piece of a directory for each open one).
+"""
+
+import errno
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Self
+
+from csi_driver.errors import OperationPending
+from csi_driver.linux import beneath
+from csi_driver.linux.system_calls import DirectoryEntry, DirectoryReader
+
+_OPEN_LEVELS = 64
+
+
+class WalkStopped(OperationPending):
+    """The caller's `should_stop` ended the walk early. What was done so far stays; doing it again is safe."""
+
+
+@dataclass(slots=True)
+class Level:
+    """One directory of the way down. `descriptor` is -1 while it is closed."""
+
+    name: bytes
+    descriptor: int
+    identity: tuple[int, int] = (0, 0)
+    position: int = 0
+    pending: list[DirectoryEntry] = field(default_factory=list)
+
+
+class Walk:
+    """A way down into a tree. Use as a context manager: it closes what it opened, never the top descriptor."""
+
+    def __init__(self, top_fd: int) -> None:
+        """Start at the directory; its read offset is ours until the walk ends."""
+        self._levels = [Level(b"", top_fd)]
+        self._reader = DirectoryReader()
+        os.lseek(top_fd, 0, os.SEEK_SET)
+
+    @property
+    def descriptor(self) -> int:
+        """The current directory."""
+        return self._levels[-1].descriptor
+
+    @property
+    def depth(self) -> int:
+        """How far below the top; 0 at the top."""
+        return len(self._levels) - 1
+
+    def entries(self) -> Iterator[DirectoryEntry]:
+        """Yield the current directory's entries that were not yielded yet. Begin anew after each `enter` and `leave`."""
+        level = self._levels[-1]
+        while True:
+            if not level.pending:
+                level.pending = self._reader.read(level.descriptor)
+                if not level.pending:
+                    return
+            entry = level.pending.pop()
+            level.position = entry[2]
+            yield entry
+
+    def rewind(self) -> None:
+        """Read the current directory from its start again."""
+        level = self._levels[-1]
+        level.pending = []
+        level.position = os.lseek(level.descriptor, 0, os.SEEK_SET)
+
+    def enter(self, name: bytes, descriptor: int) -> None:
+        """Go down into the subdirectory that the caller has opened; the descriptor is the walk's from now on."""
+        self._levels.append(Level(name, descriptor))
+        hidden = len(self._levels) - 1 - _OPEN_LEVELS
+        if hidden > 0:
+            level = self._levels[hidden]
+            level.identity = _identity(level.descriptor)
+            os.close(level.descriptor)
+            level.descriptor = -1
+            level.pending = []
+
+    def leave(self) -> bytes:
+        """Go up to the parent and return the name of the directory just left.
+
+        Raises OSError ESTALE when somebody moved it away meanwhile, more than 64 levels deep; the walk cannot go on then.
+        """
+        level = self._levels.pop()
+        try:
+            if self._levels[-1].descriptor < 0:
+                self._open_again(self._levels[-1], level.descriptor)
+        finally:
+            os.close(level.descriptor)
+        return level.name
+
+    def _open_again(self, level: Level, child_fd: int) -> None:
+        parent = os.open(b"..", os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=child_fd)
+        try:
+            if _identity(parent) != level.identity:
+                raise OSError(errno.ESTALE, "a directory was moved while it was walked", level.name)
+            level.descriptor = beneath.open_pinned(parent, os.O_RDONLY | os.O_DIRECTORY)
+        finally:
+            os.close(parent)
+        os.lseek(level.descriptor, level.position, os.SEEK_SET)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for level in self._levels[1:]:
+            if level.descriptor >= 0:
+                os.close(level.descriptor)
+
+
+def _identity(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino

@@ -1,0 +1,78 @@
+"""csi-sanity, the conformance suite that every CSI driver is measured by: nothing may fail and nothing may be skipped."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.driver_process import DriverProcess, write_pools
+
+pytestmark = [pytest.mark.minutes, pytest.mark.root]
+
+SUMMARY = re.compile(r"(\d+) Passed.*?(\d+) Failed.*?(\d+) Pending.*?(\d+) Skipped")
+RUNS_IN_A_ROW = 20
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    write_pools(tmp_path, "max_volumes_per_node = 8")
+    return tmp_path
+
+
+def run_sanity(home: Path, endpoint: str, controller_endpoint: str, kubelet: Path) -> dict[str, int]:
+    """Run the suite once and return its counts; the whole output is in the assertion where something failed."""
+    binary = os.environ.get("CSI_SANITY")
+    assert binary, "CSI_SANITY must name the csi-sanity binary: run `make sanity`"
+    mutable = home / "mutable.yaml"
+    mutable.write_text("onDelete: retain\n")
+    command = [
+        binary,
+        f"--csi.endpoint={endpoint}",
+        f"--csi.controllerendpoint={controller_endpoint}",
+        f"--csi.mountdir={kubelet}/sanity-mount",
+        f"--csi.stagingdir={kubelet}/sanity-staging",
+        "--csi.testvolumesize=16777216",
+        "--csi.testvolumeexpandsize=33554432",
+        "--csi.testnodevolumeattachlimit=true",
+        f"--csi.testvolumemutableparameters={mutable}",
+        "--ginkgo.no-color",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    found = SUMMARY.search(done.stdout)
+    assert found, done.stdout[-4000:] + done.stderr[-2000:]
+    counts = dict(zip(("passed", "failed", "pending", "skipped"), map(int, found.groups()), strict=True))
+    print("csi-sanity:", counts)
+    assert (counts["failed"], counts["skipped"], done.returncode) == (0, 0, 0), done.stdout[-20000:]
+    return counts
+
+
+def assert_nothing_left(driver: DriverProcess) -> None:
+    assert not [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if f" {driver.kubelet}/" in line]
+
+
+def test_one_process_passes_twenty_runs_in_a_row(home: Path):
+    driver = DriverProcess(home).start()
+    try:
+        for _ in range(RUNS_IN_A_ROW):
+            counts = run_sanity(home, driver.endpoint, driver.endpoint, driver.kubelet)
+            assert counts == {"passed": 102, "failed": 0, "pending": 1, "skipped": 0}
+            assert_nothing_left(driver)
+        assert driver.stop() == 0
+    finally:
+        driver.close()
+
+
+def test_controller_and_node_as_two_processes_pass(home: Path):
+    controller = DriverProcess(home, role="controller", name="controller")
+    node = DriverProcess(home, role="node", name="node")
+    try:
+        controller.start()
+        node.start()
+        counts = run_sanity(home, node.endpoint, controller.endpoint, node.kubelet)
+        assert counts == {"passed": 102, "failed": 0, "pending": 1, "skipped": 0}
+        assert_nothing_left(node)
+    finally:
+        node.close()
+        controller.close()
