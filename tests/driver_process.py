@@ -31,7 +31,8 @@ class DriverProcess:
         self._socket_directory = Path(tempfile.mkdtemp(prefix="tatami-", dir="/tmp"))
         self.socket = self._socket_directory / f"{name}.sock"
         self.log = home / f"{name}.log"
-        self.config = config or write_pools(home)
+        written = home / "pools.toml"
+        self.config = config or (written if written.exists() else write_pools(home))
         self.node_id = node_id
         self.environment = environment
         self.process: subprocess.Popen[bytes] | None = None
