@@ -42,12 +42,16 @@ class DriverProcess:
         return f"unix://{self.socket}"
 
     def start(self) -> "DriverProcess":
+        self.spawn()
+        self.wait_until_ready()
+        return self
+
+    def spawn(self) -> None:
+        """Start the process and do not wait for it."""
         argv = [sys.executable, "-m", "csi_driver", "serve", "--config", str(self.config), "--role", self.role, "--endpoint", self.endpoint]
         argv += ["--node-id", self.node_id, "--kubelet-dir", str(self.kubelet), "--log-level", "debug"]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **self.environment})
-        self.wait_until_ready()
-        return self
 
     def wait_until_ready(self) -> None:
         until = time.monotonic() + START_SECONDS

@@ -49,7 +49,7 @@ class ContentLadder:
             carried(min(size, allocated))
             return
         reached = 0
-        method: Method = "copy"
+        method: Method | None = None
         for start, end in self._extents(source, size, allocated):
             reached, method = self._carry_extent(source, target, start, end, carried)
             if reached < end:  # somebody made it shorter meanwhile: what is gone is not there
@@ -57,7 +57,8 @@ class ContentLadder:
                 break
         if reached < size:
             os.ftruncate(target, size)
-        self.used[method] += 1
+        if method:
+            self.used[method] += 1
 
     def _reflink(self, source: int, target: int) -> bool:
         try:

@@ -59,18 +59,21 @@ class Walk:
         level = self._levels[-1]
         while True:
             if not level.pending:
-                level.pending = self._reader.read(level.descriptor)
+                level.pending = self._read(level.descriptor)
                 if not level.pending:
                     return
             entry = level.pending.pop()
             level.position = entry[2]
             yield entry
 
-    def rewind(self) -> None:
-        """Read the current directory from its start again."""
-        level = self._levels[-1]
-        level.pending = []
-        level.position = os.lseek(level.descriptor, 0, os.SEEK_SET)
+    def _read(self, descriptor: int) -> list[DirectoryEntry]:
+        try:
+            return self._reader.read(descriptor)
+        except OSError as error:
+            # Somebody removed the directory while we stood in it: it holds nothing any more. The top is the caller's concern.
+            if self.depth and error.errno in {errno.ENOENT, errno.ESTALE}:
+                return []
+            raise
 
     def enter(self, name: bytes, descriptor: int) -> None:
         """Go down into the subdirectory that the caller has opened; the descriptor is the walk's from now on."""

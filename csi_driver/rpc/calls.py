@@ -44,7 +44,6 @@ _deadline: contextvars.ContextVar[float] = contextvars.ContextVar("deadline")
 _log = logging.getLogger(__name__)
 
 
-
 def deadline() -> float:
     """Return the time.monotonic() value by which the call that this thread serves wants its answer."""
     return _deadline.get()

@@ -61,13 +61,13 @@ class CsiServer:
         self._register(services, Identity(driver_name, services.health, topology=topology))
 
     def start(self) -> None:
-        """Listen and serve.
+        """Listen and serve. To be called before other threads make files: for a moment they would be nobody else's (umask).
 
         Raises FailedPrecondition when another process serves the socket, or the path holds something else or cannot be listened on.
         """
         self._socket_path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
         _remove_stale_socket(self._socket_path)
-        # Between a bind and a chmod anybody could connect. The umask is the whole process', which has no other threads at work yet.
+        # Between a bind and a chmod anybody could connect. The umask is the whole process', so nothing else makes files by now.
         umask = os.umask(0o177)
         try:
             # gRPC reads the address as a URI, so a `%` or a space in the path has to be quoted.

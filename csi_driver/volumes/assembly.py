@@ -83,7 +83,7 @@ def assemble(installation: Installation) -> Domain:
     }
     pools = Pools(stores, installation.default_pool)
     locks, jobs = KeyedLocks(), Jobs()
-    contents, sources = Contents(locks), Sources(pools)
+    contents, sources = Contents(locks), Sources(pools, locks)
     volume_removal, snapshot_removal = VolumeRemoval(locks, contents), SnapshotRemoval(locks)
     provisioner = Provisioner(pools, locks, jobs, contents, sources, volume_removal)
     snapshots = Snapshots(pools, locks, jobs, contents, sources, snapshot_removal)

@@ -59,8 +59,8 @@ class Attachments:
         attached = replace(record, published=(*record.published, publication), epoch=record.epoch + 1)
         if not self._limit:
             return store.volumes.replace(attached)
-        # Counted under the node's own lock, or two volumes could take the last place at once.
-        with self._locks.hold(store, f"node:{publication.node_id}"):
+        # Counted under the node's own lock, the same for the volumes of all pools, or two could take the last place at once.
+        with self._locks.hold(next(iter(self._pools)), f"node:{publication.node_id}"):
             used = sum(
                 any(known.node_id == publication.node_id for known in other.published)
                 for pool in self._pools

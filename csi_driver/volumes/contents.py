@@ -6,17 +6,20 @@ A crash in between leaves a staging directory, which the retry or the sweeper th
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Self
 
-from csi_driver.errors import FailedPrecondition, InvalidArgument, NotFound, quoted
+from csi_driver.errors import FailedPrecondition, InvalidArgument, NotFound, OperationPending, RecordDamaged, quoted
 from csi_driver.linux import files
 from csi_driver.linux.copies import copy_tree
+from csi_driver.linux.system_calls import InodeReader
 from csi_driver.linux.trees import apply_owner_and_mode
 from csi_driver.volumes.jobs import JobCancelled, JobControl
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import CaptureReport, Ownership, SourceKind, VolumeRecord
-from csi_driver.volumes.pools import SNAPSHOT_DATA, STAGING, PoolStore
+from csi_driver.volumes.pools import SNAPSHOT_DATA, STAGING, PoolStore, exists_at
 
 _NEW_VOLUME_MODE = 0o755
 _PARENT_MODE = 0o755
@@ -32,10 +35,6 @@ class Source:
     record_id: str
     directory: str = ""
 
-    @property
-    def lock_key(self) -> str:
-        return content_key(self.record_id)
-
 
 def content_key(record_id: str) -> str:
     """Name the lock that a capture shares and a deletion needs alone."""
@@ -48,7 +47,7 @@ class Contents:
     def __init__(self, locks: KeyedLocks) -> None:
         self._locks = locks
         # Parents of templated directories that were seen to be no volume: a parent stays none for as long as it exists.
-        self._known_parents: set[tuple[str, int]] = set()
+        self._known_parents: set[tuple[str, str, int, tuple[int, int]]] = set()
 
     # --- build --------------------------------------------------------------------------------------------------------------------
 
@@ -58,23 +57,19 @@ class Contents:
         with store.open(STAGING) as staging:
             name = _staging_name(record.id, record.token)
             os.mkdir(name, 0o700, dir_fd=staging)
-            self._dress(staging, name, replace(record.ownership, mode=record.ownership.mode or _NEW_VOLUME_MODE))
+            mode = _NEW_VOLUME_MODE if record.ownership.mode is None else record.ownership.mode
+            self._dress(staging, name, replace(record.ownership, mode=mode))
 
     def copy(
         self, store: PoolStore, record_id: str, token: str, source: Source, ownership: Ownership | None, job: JobControl
     ) -> CaptureReport:
-        """Copy `source` into staging, all of it or nothing, and bring it to disk.
+        """Copy `source`, which the caller holds (sources.py), into staging, all of it or nothing, and bring it to disk.
 
-        Raises NotFound when the source is gone, OperationPending when something changes it, JobCancelled, OSError (ENOSPC, EDQUOT,
-        EIO). The source is held for reading: it cannot be deleted meanwhile.
+        Raises FailedPrecondition when the content is missing, JobCancelled, OSError (ENOSPC, EDQUOT, EIO).
         """
         store.trash_staging(record_id)
         name = _staging_name(record_id, token)
-        with (
-            self._locks.hold(source.store, source.lock_key, shared=True),
-            _open_source(source) as origin,
-            store.open(STAGING) as staging,
-        ):
+        with _open_source(source) as origin, store.open(STAGING) as staging:
             os.mkdir(name, 0o700, dir_fd=staging)
             with _Descriptor(os.open(name, _DIRECTORY, dir_fd=staging)) as target:
                 report = copy_tree(origin.fd, target.fd, progress=job.progress, should_stop=job.should_stop)
@@ -111,7 +106,7 @@ class Contents:
 
         Raises InvalidArgument for a directory that exists already (it is never adopted) or lies inside another volume.
         """
-        with self._locks.hold(store, f"directory:{record.directory}"):
+        with self._hold_place(store, record.directory):
             self._make_parents(store, record.directory)
             with store.open_parent(record.directory) as (parent, name), store.open(STAGING) as staging:
                 staged = _staging_name(record.id, record.token)
@@ -123,6 +118,7 @@ class Contents:
                     try:
                         os.mkdir(name, 0o700, dir_fd=parent)
                     except FileExistsError:
+                        store.volumes.replace(replace(record, claimed=False, content_inode=None))
                         raise _exists(store, record.directory) from None
                 files.move_into_place(staging, staged, parent, name)
         return record
@@ -137,40 +133,55 @@ class Contents:
     def has_snapshot(self, store: PoolStore, record_id: str) -> bool:
         """Tell whether a snapshot's content is in place: it gets there complete or not at all."""
         with store.open(SNAPSHOT_DATA) as data:
-            return _exists_at(data, record_id)
+            return exists_at(data, record_id)
 
     def release_claim(self, store: PoolStore, record: VolumeRecord) -> None:
         """Remove the empty directory that a creation which now fails had claimed."""
         if not record.claimed:
             return
         try:
-            with store.open_parent(record.directory) as (parent, name):
-                os.rmdir(name, dir_fd=parent)
-        except OSError:
-            return  # not empty, or not there: not ours to remove
+            with self._hold_place(store, record.directory), store.open_parent(record.directory) as (parent, name):
+                if not self._may_be_anothers(store, record):
+                    os.rmdir(name, dir_fd=parent)
+        except (OperationPending, OSError):
+            return  # somebody makes it his, it is not empty, or not there: not ours to remove
 
     def _check_free(self, store: PoolStore, record: VolumeRecord, parent: int, name: str) -> bool:
         """Return whether the name is taken by our own empty claim from before a crash; raise where it is anybody else's."""
-        if not _exists_at(parent, name):
+        if not exists_at(parent, name):
             return False
         if not (record.claimed and _is_empty_directory(parent, name)):
             raise _exists(store, record.directory)
-        # Ours if nobody else says so: we had claimed the name before a crash, but another volume may have taken it since.
-        for other in store.volumes.readable():
-            if other.id != record.id and other.directory == record.directory:
-                raise _exists(store, record.directory)
+        if self._may_be_anothers(store, record):
+            raise _exists(store, record.directory)
         return True
 
+    @staticmethod
+    def _may_be_anothers(store: PoolStore, record: VolumeRecord) -> bool:
+        # We had claimed the name before a crash, but another volume may have taken it since; a damaged record might be that one's.
+        return any(
+            isinstance(other, RecordDamaged) or (other.id != record.id and other.directory == record.directory)
+            for other in store.volumes.each()
+        )
+
+    @contextmanager
+    def _hold_place(self, store: PoolStore, directory: str) -> Iterator[None]:
+        """Keep others from making this directory, or one above it, a volume at the same moment. Raises OperationPending."""
+        with ExitStack() as held:
+            held.enter_context(self._locks.hold(store, f"directory:{directory}"))
+            for parent in _parents(directory):
+                held.enter_context(self._locks.hold(store, f"directory:{parent}", shared=True))
+            yield
+
     def _make_parents(self, store: PoolStore, directory: str) -> None:
-        parent = directory.rpartition("/")[0]
-        if not parent:
+        parents = _parents(directory)
+        if not parents:
             return
-        components = parent.split("/")
         with store.open_root() as root:
-            for depth in range(1, len(components) + 1):
-                self._check_parent(store, root, "/".join(components[:depth]), directory)
+            for parent in parents:
+                self._check_parent(store, root, parent, directory)
             try:
-                files.make_directories_beneath(root, parent, _PARENT_MODE, exclusive=False)
+                files.make_directories_beneath(root, parents[-1], _PARENT_MODE, exclusive=False)
             except (NotADirectoryError, FileExistsError) as error:
                 raise InvalidArgument(
                     f"directory {quoted(directory)}: a part of it is no directory in pool {store.name}"
@@ -184,7 +195,8 @@ class Contents:
         except OSError as error:
             raise InvalidArgument(f"directory {quoted(directory)}: {parent} is no directory in pool {store.name}") from error
         with _Descriptor(descriptor) as found:
-            known = (store.name, os.fstat(found.fd).st_ino)
+            status = InodeReader().read(found.fd)
+        known = (store.name, parent, status.inode, status.birth)  # an inode's number alone may be given to a volume later
         if known in self._known_parents:
             return
         # A directory inside a volume would belong to that volume's tenant: whatever he likes, he could put in its place.
@@ -225,6 +237,12 @@ def _open_source(source: Source) -> _Descriptor:
         ) from error
 
 
+def _parents(directory: str) -> list[str]:
+    """List the directories above `directory`, topmost first."""
+    components = directory.split("/")
+    return ["/".join(components[:depth]) for depth in range(1, len(components))]
+
+
 def _staging_name(record_id: str, token: str) -> str:
     return f"{record_id}.{token}"
 
@@ -234,14 +252,6 @@ def _exists(store: PoolStore, directory: str) -> InvalidArgument:
         f"directory {quoted(directory)} exists already in pool {store.name}: an existing directory is never taken for a new volume; "
         "choose another `directory`, or offer this one as a static volume"
     )
-
-
-def _exists_at(parent: int, name: str) -> bool:
-    try:
-        os.stat(name, dir_fd=parent, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def _is_empty_directory(parent: int, name: str) -> bool:

@@ -39,9 +39,12 @@ class Groups:
         found = self._find_name(name, wanted)
         if found is not None and found[1].phase is Phase.READY:
             return self._show(*found)
-        store = self._one_pool([self._sources.volume(handle) for handle in wanted])
+        # What was cut off is completed or taken back even if a source has gone meanwhile.
+        store = found[0] if found is not None else self._one_pool([self._sources.volume(handle) for handle in wanted])
         group_id = store.id_of(GROUP, name)
-        return self._jobs.run(group_id, lambda job: self._create_locked(store, group_id, name, wanted, job), deadline)
+        made = self._jobs.run(group_id, lambda job: self._create_locked(store, group_id, name, wanted, job), deadline)
+        _require_same(made.record, wanted)  # the job may have been another request's, of the same name
+        return made
 
     def get(self, handle: str, snapshot_handles: Sequence[str]) -> GroupSnapshot:
         """Return a group. Raises NotFound; InvalidArgument where `snapshot_handles` are given and are not its members."""
@@ -76,11 +79,12 @@ class Groups:
             for member_id in _member_ids(record):
                 held.enter_context(self._locks.hold(store, f"snapshot:{member_id}"))
                 if member := store.snapshots.get(member_id):
+                    held.enter_context(self._removal.hold(store, member))
                     members.append(member)
             if record.phase is not Phase.DELETING:
                 record = store.groups.replace(replace(record, phase=Phase.DELETING))
             for member in members:
-                self._removal.remove(store, member)
+                self._removal.take(store, member)
         store.groups.remove(record.id)
 
     # --- create, step by step -------------------------------------------------------------------------------------------------------
@@ -90,8 +94,7 @@ class Groups:
             record = store.groups.get(store.id_of(GROUP, name))
             if record is None or record.phase is Phase.DELETING:
                 continue
-            if record.sources != sources:
-                raise AlreadyExists(f"group snapshot {quoted(name)} exists as {record.handle}, of {', '.join(record.sources)}")
+            _require_same(record, sources)
             return store, record
         return None
 
@@ -178,6 +181,11 @@ def _member_id(store: PoolStore, group_id: str, source_handle: str) -> str:
 
 def _member_ids(record: GroupRecord) -> list[str]:
     return [handle.rpartition(".")[2] for handle in record.members]
+
+
+def _require_same(record: GroupRecord, sources: tuple[str, ...]) -> None:
+    if record.sources != sources:
+        raise AlreadyExists(f"group snapshot {quoted(record.name)} exists as {record.handle}, of {', '.join(record.sources)}")
 
 
 def _require_members(record: GroupRecord, snapshot_handles: Sequence[str]) -> None:

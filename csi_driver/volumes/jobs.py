@@ -116,7 +116,13 @@ class Jobs:
             job: Job[T] = Job(key)
             self._jobs[key] = job
         context = contextvars.copy_context()  # the request id stays in the job's log lines
-        threading.Thread(target=context.run, args=(self._work, job, work), name=f"job {key}", daemon=True).start()
+        thread = threading.Thread(target=context.run, args=(self._work, job, work), name=f"job {key}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the process may have no more threads (pids limit): or all would wait for it without end
+            self._forget(job)
+            job.error = Unavailable(f"{key} cannot be started: {error}; try again")
+            job.finished.set()
         return job
 
     def _work(self, job: Job[T], work: Callable[[JobControl], T]) -> None:

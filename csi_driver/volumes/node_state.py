@@ -19,6 +19,7 @@ from csi_driver.volumes.model import AccessMode
 from csi_driver.volumes.records import RecordFolder
 
 _IDENTITIES = "pools.json"
+_TEMPORARY_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,15 @@ class NodeState:
         self.volumes = RecordFolder(NodeVolumeRecord, str(directory / "volumes"), lambda: _opened(directory / "volumes"))
 
     def prepare(self) -> None:
-        """Make the directories."""
+        """Make the directories, and remove what a killed driver was writing in them."""
         (self._directory / "volumes").mkdir(mode=0o700, parents=True, exist_ok=True)
+        for place in (self._directory, self._directory / "volumes"):
+            with _opened(place) as directory:
+                files.remove_leftover_temporaries(directory, _TEMPORARY_SECONDS)
+
+    @property
+    def directory(self) -> Path:
+        return self._directory
 
     def id_of(self, handle: str) -> str:
         return derive_id("node", self._driver, None, handle)

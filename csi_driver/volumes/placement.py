@@ -4,6 +4,7 @@ Three kinds of handles reach a node: ours, whose record says everything; static 
 and inline ones (`inline.py`). No path ever comes from anywhere else.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -69,8 +70,15 @@ class Placements:
                 raise InvalidArgument.field(
                     'volume_context["directory"]', static.directory, f"it overlaps volume {record.handle} ({record.directory})"
                 )
-        with store.open_volume(static.directory):
-            return Placement(store, static.directory, None)
+        try:
+            with store.open_volume(static.directory):
+                return Placement(store, static.directory, None)
+        except OSError as error:  # a symlink leads elsewhere, a mount is another filesystem (open_beneath)
+            raise InvalidArgument.field(
+                'volume_context["directory"]',
+                static.directory,
+                f"a directory of pool {store.name} itself, reached without symlinks and mounts ({error.strerror})",
+            ) from error
 
 
 def _check_publish_context(record: VolumeRecord, context: Mapping[str, str]) -> None:
@@ -82,7 +90,7 @@ def _check_publish_context(record: VolumeRecord, context: Mapping[str, str]) -> 
         raise FailedPrecondition(
             f"publish_context names {directory} ({context['layout']}), the record {record.directory} ({record.layout})"
         )
-    if not context["epoch"].isascii() or not context["epoch"].isdigit() or int(context["epoch"]) > record.epoch:
+    if not re.fullmatch(r"[0-9]{1,18}", context["epoch"], re.ASCII) or int(context["epoch"]) > record.epoch:
         raise InvalidArgument.field('publish_context["epoch"]', context["epoch"], f"a number up to {record.epoch}")
 
 

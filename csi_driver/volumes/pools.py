@@ -8,7 +8,7 @@
     retained/ archived/                 records that no longer answer to a name
     snapshots-data/<id>/                the content of snapshots
     staging/<id>.<token>/               content that is being made
-    trash/<id>.<token>/                 data and record of what was deleted, until the reaper has removed them
+    trash/<id>.<token>/                 what was deleted (data and record) or given up (data), until the reaper has removed it
   <directory of a volume>
 """
 
@@ -73,9 +73,15 @@ class PoolStore:
 
         `expected_identity` is what this node saw in the pool before: a pool directory that has lost it is a disk that is not
         mounted, and volumes must not be made below its mount point. Raises Unavailable then, and FailedPrecondition for a
-        format that a newer driver wrote.
+        format that a newer driver wrote, or another driver's or pool's place.
         """
         self.backend.prepare()
+        try:
+            return self._prepare(expected_identity)
+        except OSError as error:
+            raise Unavailable(f"pool {self.name} at {self.backend.root()} cannot be prepared: {error}") from error
+
+    def _prepare(self, expected_identity: str | None) -> str:
         root = self.backend.root()
         control = root / CONTROL
         identity = self._read_identity(control)
@@ -89,7 +95,8 @@ class PoolStore:
         status = control.lstat()
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
             raise FailedPrecondition(f"{control} must be a directory that belongs to the user the driver runs as")
-        control.chmod(0o700)
+        if stat.S_IMODE(status.st_mode) != 0o700:
+            control.chmod(0o700)
         for folder in _FOLDERS:
             (control / folder).mkdir(mode=0o700, exist_ok=True)
         if identity is None:
@@ -101,13 +108,21 @@ class PoolStore:
             with _opened(str(control)) as folder:
                 body = json.loads(files.read_bounded(folder, "format.json", 65536))
             version, identity = body["schema_version"], body["pool_id"]
+            owner = body["driver"], body["pool"]
         except FileNotFoundError:
             return None
+        except NotADirectoryError as error:
+            raise FailedPrecondition(f"{control} must be a directory that belongs to the user the driver runs as") from error
         except (ValueError, KeyError, TypeError) as error:
             raise RecordDamaged(f"{control}/format.json is damaged: {error!r}") from error
         if version != FORMAT_VERSION:
             raise FailedPrecondition(
                 f"pool {self.name} at {control.parent} is in format {version}, this driver knows {FORMAT_VERSION}: use the newer driver"
+            )
+        if owner != (self.driver, self.name):
+            raise FailedPrecondition(
+                f"{control.parent} is pool {owner[1]} of driver {owner[0]}: it cannot be pool {self.name} of {self.driver} as well, "
+                "for volume handles carry the pool's name"
             )
         return str(identity)
 
@@ -183,12 +198,28 @@ class PoolStore:
 
     # --- trash --------------------------------------------------------------------------------------------------------------------
 
-    def trash_staging(self, record_id: str, keep_token: str | None = None) -> None:
-        """Move what earlier attempts at `record_id` left in staging into the trash, but for the attempt `keep_token`."""
+    def trash_staging(self, record_id: str) -> None:
+        """Move what earlier attempts at `record_id` left in staging into the trash."""
         with self.open(STAGING) as staging:
             for name in os.listdir(staging):
-                if name.startswith(record_id + ".") and name != f"{record_id}.{keep_token}":
-                    self._trash_data(staging, name, f"{record_id}.{new_token()}")
+                if name.startswith(record_id + "."):
+                    self._discard(staging, name, record_id)
+
+    def discard_snapshot_data(self, record_id: str) -> None:
+        """Move the content of a snapshot that never became ready into the trash."""
+        with self.open(SNAPSHOT_DATA) as data:
+            self._discard(data, record_id, record_id)
+
+    def _discard(self, parent: int, name: str, record_id: str) -> None:
+        # By rename alone: a copy that has filled the disk must be removable, and there a mkdir finds no room.
+        with self.open(TRASH) as trash:
+            try:
+                os.rename(name, f"{record_id}.{new_token()}", src_dir_fd=parent, dst_dir_fd=trash)
+            except FileNotFoundError:
+                return
+            files.sync_directory(trash)
+            files.sync_directory(parent)
+        self._trash_filled.set()
 
     def trash_snapshot_data(self, record_id: str, trash_name: str) -> None:
         with self.open(SNAPSHOT_DATA) as data:
@@ -212,6 +243,8 @@ class PoolStore:
 
     def _trash_data(self, parent: int, name: str, trash_name: str) -> None:
         with self._trash_entry(trash_name) as entry:
+            if exists_at(entry, TRASHED_DATA):
+                return  # moved before a crash: what has the name now is another's
             try:
                 os.rename(name, TRASHED_DATA, src_dir_fd=parent, dst_dir_fd=entry)
             except FileNotFoundError:
@@ -300,6 +333,10 @@ def _opened(path: str) -> Iterator[int]:
         os.close(descriptor)
 
 
-def volume_context(record: VolumeRecord) -> dict[str, str]:
-    """Say what a PV carries of its volume: words for people and for `kubectl describe`, never an address, never read back."""
-    return {"pool": record.pool, "layout": record.layout, "limiter": "none"}
+def exists_at(parent: int, name: str) -> bool:
+    """Tell whether the folder has an entry of this name, whatever it is."""
+    try:
+        os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True

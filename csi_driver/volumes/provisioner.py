@@ -67,7 +67,12 @@ class Provisioner:
             return self.show(store, found)
         if request.source is None:
             return self._create_locked(store, record_id, request, None)
-        return self._jobs.run(record_id, lambda job: self._create_locked(store, record_id, request, job), deadline)
+        made = self._jobs.run(record_id, lambda job: self._create_locked(store, record_id, request, job), deadline)
+        # The job may have been another request's, of the same name.
+        if made.record.pool != store.name:
+            raise _exists_elsewhere(made.record)
+        _require_same(made.record, request)
+        return made
 
     def _choose_pool(self, request: CreateVolume) -> PoolStore:
         name = request.parameters.pool or self._pools.default
@@ -86,8 +91,9 @@ class Provisioner:
     def _find(self, store: PoolStore, record_id: str, request: CreateVolume) -> VolumeRecord | None:
         """Find the record that the name has, in whatever pool; raise AlreadyExists if it is not what is asked for."""
         for other in self._pools:
-            if other is not store and (taken := other.volumes.get(other.id_of(VOLUME, request.name))):
-                raise AlreadyExists(f"volume {quoted(request.name)} exists in pool {other.name} as {taken.handle}")
+            taken = other.volumes.get(other.id_of(VOLUME, request.name)) if other is not store else None
+            if taken is not None and taken.phase is not Phase.DELETING:
+                raise _exists_elsewhere(taken)
         record = store.volumes.get(record_id)
         if record is not None and record.phase is not Phase.DELETING:
             _require_same(record, request)
@@ -143,6 +149,8 @@ class Provisioner:
         limit = request.capacity.limit_bytes
         if limit and not request.capacity.required_bytes:
             wanted = min(wanted, limit)
+        if limit and wanted > limit:
+            raise OutOfRange(f"capacity_range asks for {wanted} bytes, but limit_bytes is {limit}")
         if wanted < least:
             raise OutOfRange(f"capacity_range asks for {wanted} bytes, but the content source needs {least}")
         total = store.space().total_bytes
@@ -167,13 +175,16 @@ class Provisioner:
 
     def _fill(self, store: PoolStore, record: VolumeRecord, job: JobControl | None) -> VolumeRecord:
         assert record.source is not None
-        source = self._sources.open(record.source)
-        report = self._contents.copy(store, record.id, record.token, source, record.ownership, job or JobControl(record.id))
+        with self._sources.hold(record.source) as source:
+            report = self._contents.copy(store, record.id, record.token, source, record.ownership, job or JobControl(record.id))
         return replace(record, capture=report)
 
     def _give_up(self, store: PoolStore, record_id: str) -> None:
+        current = store.volumes.get(record_id)
+        if current is not None and self._contents.is_in_place(store, current):
+            return  # only the last steps failed: a retry completes them
         self._contents.discard(store, record_id)
-        if current := store.volumes.get(record_id):
+        if current is not None:
             self._contents.release_claim(store, current)
         store.volumes.remove(record_id)
 
@@ -267,6 +278,10 @@ class Provisioner:
 def is_listed(record: VolumeRecord) -> bool:
     """Tell whether a volume exists for those who list volumes: the cluster knows nothing of a pod's inline volume."""
     return record.phase is Phase.READY and not record.ephemeral
+
+
+def _exists_elsewhere(taken: VolumeRecord) -> AlreadyExists:
+    return AlreadyExists(f"volume {quoted(taken.name)} exists in pool {taken.pool} as {taken.handle}")
 
 
 def _require_same(record: VolumeRecord, request: CreateVolume) -> None:

@@ -15,6 +15,7 @@ from csi_driver.errors import AlreadyExists, FailedPrecondition, InvalidArgument
 from csi_driver.linux import mounts
 from csi_driver.linux.mountinfo import Mount, topmost_mount_at
 from csi_driver.linux.mounts import parse_bind_flags
+from csi_driver.volumes.handles import parse_handle
 from csi_driver.volumes.inline import InlineVolumes, is_inline
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import AccessMode, Capability, PublishVolume, StageVolume
@@ -26,6 +27,7 @@ _log = logging.getLogger(__name__)
 
 _UNMOUNT_SECONDS = 10.0
 _TARGET_MODE = 0o750
+_PATH_MAX, _NAME_MAX = 4096, 255  # limits.h
 
 
 class Publisher:
@@ -127,11 +129,16 @@ class Publisher:
         self._bind(known, place, staging, target, request)
 
     def _publish_inline(self, request: PublishVolume, target: Path) -> None:
-        # The node's record comes first: whatever is cut off from here on, Unpublish finds what there is to remove.
+        known = self._state.get(request.volume_handle)
+        if known is not None and not known.ephemeral:
+            raise AlreadyExists(
+                f"volume {quoted(request.volume_handle)} is no inline volume: it is staged at {known.staging_path}"
+            )
+        # Cut off between the volume and the node's record of it, Unpublish finds the volume by the handle.
         record = self._inline.create(request.volume_handle, request.capability, request.volume_context)
         store = self._pools.find(record.pool)
         assert store is not None
-        known = self._state.get(request.volume_handle) or self._state.volumes.replace(
+        known = known or self._state.volumes.replace(
             NodeVolumeRecord(
                 id=self._state.id_of(request.volume_handle),
                 token=new_token(),
@@ -192,7 +199,8 @@ class Publisher:
             self._unmount(known, handle, target)
             _remove_empty_directory(target)
             if known is None:
-                self._inline.delete(handle)  # cut off between making it and writing it down
+                if parse_handle(handle) is None:  # ours are no inline volumes, and their pool need not be there
+                    self._inline.delete(handle)  # cut off between making it and writing it down
                 return
             left = replace(known, targets=tuple(other for other in known.targets if other.path != str(target)))
             if left.ephemeral and not left.targets:
@@ -244,9 +252,17 @@ class Publisher:
 
     def _below_kubelet(self, field: str, path: str) -> Path:
         normal = Path(os.path.normpath(path))
-        if not normal.is_relative_to(self._kubelet_dir) or normal == self._kubelet_dir:
+        ours = (self._state.directory, *(store.backend.root() for store in self._pools if store.backend.node_local))
+        if not normal.is_relative_to(self._kubelet_dir) or normal == self._kubelet_dir or any(map(normal.is_relative_to, ours)):
             raise InvalidArgument.field(
-                field, path, f"a path below the kubelet's directory {self._kubelet_dir} (--kubelet-dir)"
+                field,
+                path,
+                f"a path below the kubelet's directory {self._kubelet_dir} (--kubelet-dir), outside the driver's own directories",
+            )
+        encoded = os.fsencode(normal)
+        if b"\0" in encoded or len(encoded) >= _PATH_MAX or any(len(part) > _NAME_MAX for part in encoded.split(b"/")):
+            raise InvalidArgument.field(
+                field, path, f"a path without NUL, of less than {_PATH_MAX} bytes, {_NAME_MAX} in each component"
             )
         return normal
 

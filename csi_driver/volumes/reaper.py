@@ -1,30 +1,22 @@
 """The reaper: removes for good what deletions put into the trash.
 
 A deletion moves data first and its record last, into an entry that carries the record's token. So an entry is complete when the record
-is in it, or when no record says any more that it is being deleted with that token; then nobody will touch it again, and no lock is
-needed, which a later namesake would meet.
+is in it, or when no record says (any more) that it is being deleted with that token, as with what was given up, which comes in one
+step; then nobody will touch it again, and no lock is needed, which a later namesake would meet.
 """
 
 import logging
 import os
 from collections.abc import Callable
-from typing import Protocol
 
 from csi_driver.errors import RecordDamaged, TatamiError
 from csi_driver.linux.trees import remove_tree
 from csi_driver.volumes.handles import ID_PATTERN
-from csi_driver.volumes.model import Phase
-from csi_driver.volumes.pools import TRASH, TRASHED_DATA, TRASHED_RECORD, PoolStore
+from csi_driver.volumes.model import Phase, SnapshotRecord, VolumeRecord
+from csi_driver.volumes.pools import TRASH, TRASHED_RECORD, PoolStore, exists_at
+from csi_driver.volumes.records import RecordFolder
 
 _log = logging.getLogger(__name__)
-
-
-class _Deletable(Protocol):
-    @property
-    def token(self) -> str: ...
-
-    @property
-    def phase(self) -> Phase: ...
 
 
 class Reaper:
@@ -51,37 +43,15 @@ class Reaper:
 
 
 def _is_complete(store: PoolStore, trash: int, name: str) -> bool:
-    found = _names_in(trash, name)
-    if TRASHED_RECORD in found:
-        return True
     record_id, _, token = name.partition(".")
-    if not ID_PATTERN.fullmatch(record_id):
+    if not ID_PATTERN.fullmatch(record_id) or exists_at(trash, f"{name}/{TRASHED_RECORD}"):
         return True
-    return TRASHED_DATA in found and not any(_is_being_deleted(record, token) for record in _records(store, record_id))
+    return not any(_is_being_deleted(records, record_id, token) for records in (store.volumes, store.snapshots))
 
 
-def _names_in(trash: int, name: str) -> set[str]:
+def _is_being_deleted(records: RecordFolder[VolumeRecord] | RecordFolder[SnapshotRecord], record_id: str, token: str) -> bool:
     try:
-        entry = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=trash)
-    except FileNotFoundError:
-        return set()
-    try:
-        return set(os.listdir(entry))
-    finally:
-        os.close(entry)
-
-
-def _records(store: PoolStore, record_id: str) -> list[_Deletable]:
-    found: list[_Deletable] = []
-    for records in (store.volumes, store.snapshots):
-        try:
-            record = records.get(record_id)
-        except RecordDamaged:
-            continue
-        if record is not None:
-            found.append(record)
-    return found
-
-
-def _is_being_deleted(record: _Deletable, token: str) -> bool:
-    return record.phase is Phase.DELETING and record.token == token
+        record = records.get(record_id)
+    except RecordDamaged:
+        return True  # for all that can be known
+    return record is not None and record.phase is Phase.DELETING and record.token == token

@@ -50,7 +50,10 @@ def _migrated(kind: type, body: object) -> dict[str, Any]:
     if version > SCHEMA_VERSION:
         raise _Wrong(f"schema_version is {version}, this driver knows {SCHEMA_VERSION}: a newer driver wrote it")
     for step in range(version, SCHEMA_VERSION):
-        body = MIGRATIONS[step](body)
+        try:
+            body = MIGRATIONS[step](body)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise _Wrong(f"it cannot be lifted from schema_version {step}: {error!r}") from error
     if body.pop("kind", None) != _kind(kind):
         raise _Wrong(f"it is not a {_kind(kind)} record")
     return body
@@ -98,10 +101,17 @@ def _parse(kind: Any, value: Any, place: str) -> Any:  # noqa: ANN401, PLR0911 -
     if is_dataclass(kind):
         return _parse_object(cast("type", kind), value, place)
     if isinstance(kind, type) and issubclass(kind, Enum):
-        return kind(value)
+        return _parse_enum(kind, value, place)
     if type(value) is not kind:  # exact: a bool is an int to isinstance
         raise _Wrong(f"{place} is {value!r}, not {kind.__name__}")
     return value
+
+
+def _parse_enum(kind: type[Enum], value: Any, place: str) -> Enum:  # noqa: ANN401
+    try:
+        return kind(value)
+    except ValueError:
+        raise _Wrong(f"{place} is {value!r}, not one of {', '.join(str(known.value) for known in kind)}") from None
 
 
 def _parse_object(kind: type, value: Any, place: str) -> Any:  # noqa: ANN401

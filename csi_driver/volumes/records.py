@@ -4,6 +4,7 @@ A record appears exclusively and changes atomically, so whatever is killed at wh
 or of after. Nothing is kept in memory: the directory is the database, for this process and for any other that serves the pool.
 """
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -15,6 +16,8 @@ from csi_driver.volumes import record_format
 from csi_driver.volumes.handles import ID_PATTERN
 
 _SUFFIX = ".json"
+_NO_RECORD = frozenset({errno.EFBIG, errno.EINVAL, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EUCLEAN})
+"""What reading says of a file that is too large, no regular file, or that the disk cannot give back."""
 
 
 class Record(Protocol):
@@ -116,6 +119,10 @@ class RecordFolder(Generic[R]):
             data = files.read_bounded(folder, record_id + _SUFFIX, record_format.MAX_RECORD_BYTES)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            if error.errno not in _NO_RECORD:
+                raise
+            raise RecordDamaged(f"{self._path(record_id)} is damaged: {error.strerror}") from error
         record = record_format.decode(self._kind, data, self._path(record_id))
         if record.id != record_id:
             raise RecordDamaged(f"{self._path(record_id)} is damaged: it says that its id is {record.id}")

@@ -5,7 +5,8 @@ name is free at once. The sweeper empties the trash. What `onDelete` keeps is mo
 """
 
 import os
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 
 from csi_driver.errors import FailedPrecondition, OperationPending
@@ -13,7 +14,7 @@ from csi_driver.linux import files
 from csi_driver.volumes.contents import Contents, content_key
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import OnDelete, Phase, SnapshotRecord, VolumeRecord
-from csi_driver.volumes.pools import ARCHIVE_DIRECTORY, ARCHIVED, RETAINED, PoolStore, new_token
+from csi_driver.volumes.pools import ARCHIVE_DIRECTORY, ARCHIVED, RETAINED, PoolStore, exists_at, new_token
 
 
 class VolumeRemoval:
@@ -31,11 +32,11 @@ class VolumeRemoval:
         if record.published:
             nodes = ", ".join(publication.node_id for publication in record.published)
             raise FailedPrecondition(f"volume {record.handle} is still published to {nodes}: unpublish it first")
-        if record.phase is Phase.READY and (mounted := store.backend.mounts_of(record.directory)):
-            raise FailedPrecondition(
-                f"volume {record.handle} is still mounted at {mounted[0]} on this node: unpublish it first"
-            )
         with self._locks.hold(store, content_key(record.id)):
+            if record.phase is Phase.READY and (mounted := store.backend.mounts_of(record.directory)):
+                raise FailedPrecondition(
+                    f"volume {record.handle} is still mounted at {mounted[0]} on this node: unpublish it first"
+                )
             if record.phase is Phase.CREATING and not self._contents.is_in_place(store, record):
                 # Nobody was ever told of this volume, and what lies at its directory is not its content.
                 self._contents.discard(store, record.id)
@@ -43,7 +44,9 @@ class VolumeRemoval:
                 store.volumes.remove(record.id)
                 return
             if record.phase is not Phase.DELETING:
-                record = store.volumes.replace(replace(record, phase=Phase.DELETING, token=new_token()))
+                # What was never shown to anybody holds nothing that somebody would want to keep.
+                fate = record.on_delete if record.phase is Phase.READY else OnDelete.DELETE
+                record = store.volumes.replace(replace(record, phase=Phase.DELETING, token=new_token(), on_delete=fate))
             self.finish(store, record)
 
     def finish(self, store: PoolStore, record: VolumeRecord) -> None:
@@ -67,14 +70,24 @@ class SnapshotRemoval:
 
     def remove(self, store: PoolStore, record: SnapshotRecord) -> None:
         """Delete the snapshot. Raises FailedPrecondition while a restore reads it."""
+        with self.hold(store, record):
+            self.take(store, record)
+
+    @contextmanager
+    def hold(self, store: PoolStore, record: SnapshotRecord) -> Iterator[None]:
+        """Keep restores away until the context ends. Raises FailedPrecondition while one reads the snapshot."""
         with ExitStack() as held:
             try:
                 held.enter_context(self._locks.hold(store, content_key(record.id)))
             except OperationPending as error:
                 raise FailedPrecondition(f"snapshot {record.handle} is in use: a volume is being restored from it") from error
-            if record.phase is not Phase.DELETING:
-                record = store.snapshots.replace(replace(record, phase=Phase.DELETING, token=new_token()))
-            self.finish(store, record)
+            yield
+
+    def take(self, store: PoolStore, record: SnapshotRecord) -> None:
+        """Delete a snapshot that the caller holds."""
+        if record.phase is not Phase.DELETING:
+            record = store.snapshots.replace(replace(record, phase=Phase.DELETING, token=new_token()))
+        self.finish(store, record)
 
     def finish(self, store: PoolStore, record: SnapshotRecord) -> None:
         """Complete the removal of a snapshot whose record says `deleting`."""
@@ -89,13 +102,16 @@ def _archive(store: PoolStore, record: VolumeRecord) -> None:
     with store.open_root() as root:
         with suppress(FileExistsError):
             os.mkdir(ARCHIVE_DIRECTORY, 0o700, dir_fd=root)
+            files.sync_directory(root)
         archive = files.open_beneath(root, ARCHIVE_DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
+        if exists_at(archive, name):
+            return  # moved before a crash: what lies at the old place now is another's
         with store.open_parent(record.directory) as (parent, last):
             os.rename(last, name, src_dir_fd=parent, dst_dir_fd=archive)
             files.sync_directory(archive)
             files.sync_directory(parent)
     except FileNotFoundError:
-        pass  # moved before a crash, or gone: the record goes its way all the same
+        pass  # gone: the record goes its way all the same
     finally:
         os.close(archive)

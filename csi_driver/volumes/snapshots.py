@@ -61,21 +61,23 @@ class Snapshots:
         found = self._find_name(request.name, request.source_handle)
         if found is not None and found[1].phase is Phase.READY:
             return show(*found)
-        store, source = self._sources.volume(request.source_handle)
+        # What was cut off is completed or taken back even if the source has gone meanwhile.
+        store = found[0] if found is not None else self._sources.volume(request.source_handle)[0]
         if not store.reachable_from(request.requisite):
             raise ResourceExhausted(
-                f"volume {source.handle} and its snapshots can only be reached from {dict(store.backend.topology() or {})}"
+                f"volume {request.source_handle} and its snapshots can only be reached from {dict(store.backend.topology() or {})}"
             )
         record_id = store.id_of(SNAPSHOT, request.name)
-        return self._jobs.run(record_id, lambda job: self._create_locked(store, record_id, request, job), deadline)
+        made = self._jobs.run(record_id, lambda job: self._create_locked(store, record_id, request, job), deadline)
+        _require_same(made.record, request.source_handle)  # the job may have been another request's, of the same name
+        return made
 
     def _find_name(self, name: str, source_handle: str) -> tuple[PoolStore, SnapshotRecord] | None:
         for store in self._pools:
             record = store.snapshots.get(store.id_of(SNAPSHOT, name))
             if record is None or record.phase is Phase.DELETING:
                 continue
-            if record.source_handle != source_handle:
-                raise AlreadyExists(f"snapshot {quoted(name)} exists as {record.handle}, of volume {record.source_handle}")
+            _require_same(record, source_handle)
             return store, record
         return None
 
@@ -124,16 +126,17 @@ class Snapshots:
         """Make the content of a snapshot that is `creating`; it stays so until the caller says `ready`."""
         if self._contents.has_snapshot(store, record.id):
             return record  # in place before a crash: content gets there complete or not at all
-        source = self._sources.open(ContentSource(SourceKind.VOLUME, record.source_handle))
-        report = self._contents.copy(store, record.id, record.token, source, None, job)
-        record = store.snapshots.replace(replace(record, capture=report))
+        with self._sources.hold(ContentSource(SourceKind.VOLUME, record.source_handle)) as source:
+            cut_at = time.time_ns()  # after a crash it is cut anew, and later
+            report = self._contents.copy(store, record.id, record.token, source, None, job)
+        record = store.snapshots.replace(replace(record, capture=report, created_at_ns=cut_at))
         self._contents.place_snapshot(store, record.id, record.token)
         return record
 
     def give_up(self, store: PoolStore, record_id: str) -> None:
         """Take back a snapshot that never became ready."""
         self._contents.discard(store, record_id)
-        store.trash_snapshot_data(record_id, f"{record_id}.{new_token()}")
+        store.discard_snapshot_data(record_id)
         store.snapshots.remove(record_id)
 
     # --- read ---------------------------------------------------------------------------------------------------------------------
@@ -191,6 +194,11 @@ class Snapshots:
                     f"snapshot_id is {quoted(handle)}: it belongs to group snapshot {record.group_handle} and goes with it (DeleteVolumeGroupSnapshot)"
                 )
             self._removal.remove(store, record)
+
+
+def _require_same(record: SnapshotRecord, source_handle: str) -> None:
+    if record.source_handle != source_handle:
+        raise AlreadyExists(f"snapshot {quoted(record.name)} exists as {record.handle}, of volume {record.source_handle}")
 
 
 def show(store: PoolStore, record: SnapshotRecord) -> Snapshot:

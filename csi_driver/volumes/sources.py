@@ -1,7 +1,11 @@
 """Content sources: the snapshot or volume that a new volume is filled from."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from csi_driver.errors import NotFound, quoted
-from csi_driver.volumes.contents import Source
+from csi_driver.volumes.contents import Source, content_key
+from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import ContentSource, Phase, SnapshotRecord, SourceKind, VolumeRecord
 from csi_driver.volumes.pools import Pools, PoolStore
 
@@ -9,19 +13,26 @@ from csi_driver.volumes.pools import Pools, PoolStore
 class Sources:
     """Finds what a request names as its source."""
 
-    def __init__(self, pools: Pools) -> None:
+    def __init__(self, pools: Pools, locks: KeyedLocks) -> None:
         self._pools = pools
+        self._locks = locks
 
     def size_of(self, source: ContentSource) -> int:
         """Return the least size in bytes that a volume with this content needs. Raises NotFound, ResourceExhausted."""
         _, record = self._find(source)
         return record.size_bytes if isinstance(record, SnapshotRecord) else record.capacity_bytes
 
-    def open(self, source: ContentSource) -> Source:
-        """Return where the content lies. Raises NotFound; ResourceExhausted where it lies on another node."""
+    @contextmanager
+    def hold(self, source: ContentSource) -> Iterator[Source]:
+        """Hold a source for reading, so that it cannot be deleted until the context ends, and say where its content lies.
+
+        Raises NotFound, OperationPending while it is being deleted, ResourceExhausted where it lies on another node.
+        """
         store, record = self._find(source)
-        directory = record.directory if isinstance(record, VolumeRecord) else ""
-        return Source(store, source.kind, record.id, directory)
+        with self._locks.hold(store, content_key(record.id), shared=True):
+            _, record = self._find(source)  # it may have gone, and its directory be another's, before it was held
+            directory = record.directory if isinstance(record, VolumeRecord) else ""
+            yield Source(store, source.kind, record.id, directory)
 
     def volume(self, handle: str) -> tuple[PoolStore, VolumeRecord]:
         """Find a volume to take a snapshot of. Raises NotFound, FailedPrecondition where it is another node's."""

@@ -134,10 +134,9 @@ class Sweeper:
         with store.open(STAGING) as staging:
             names = os.listdir(staging)
         for record_id in {name.partition(".")[0] for name in names if stale(name)}:
-            with self._unless_busy(store, record_id) as free:
-                if free:
-                    store.trash_staging(record_id)
-                    report.staging += 1
+            with self._one(store, report), self._hold(store, record_id):
+                store.trash_staging(record_id)
+                report.staging += 1
 
     def _complete(self, store: PoolStore, report: SweepReport, stale: Callable[[str], bool]) -> None:
         """Finish deletions that were cut off, and take back creations that were abandoned."""
@@ -148,35 +147,42 @@ class Sweeper:
             return (record.phase is Phase.DELETING and stale(record.token)) or abandoned
 
         for volume in [record for record in store.volumes.readable() if left_over(record)]:
-            with self._unless_busy(store, volume.id) as free:
-                current = store.volumes.get(volume.id) if free else None
+            with self._one(store, report), self._hold(store, volume.id):
+                current = store.volumes.get(volume.id)
                 if current is not None and (current.phase, current.token) == (volume.phase, volume.token):
                     self._volumes.remove(store, current)
                     _count(report, volume.phase)
         for group in [record for record in store.groups.readable() if left_over(record)]:
-            with self._locks.hold(store, f"group:{group.id}"):
+            with self._one(store, report), self._locks.hold(store, f"group:{group.id}"):
                 if (record := store.groups.get(group.id)) is not None and record.phase is group.phase:
                     self._groups.finish_removal(store, record)
                     _count(report, group.phase)
         for snapshot in [record for record in store.snapshots.readable() if record.group_handle is None and left_over(record)]:
-            with self._unless_busy(store, snapshot.id) as free:
-                found = store.snapshots.get(snapshot.id) if free else None
+            with self._one(store, report), self._hold(store, snapshot.id):
+                found = store.snapshots.get(snapshot.id)
                 if found is not None and (found.phase, found.token) == (snapshot.phase, snapshot.token):
                     self._snapshots.remove(store, found)
                     _count(report, snapshot.phase)
 
     @contextmanager
-    def _unless_busy(self, store: PoolStore, record_id: str) -> Iterator[bool]:
-        """Hold the locks of the volume and of the snapshot that an id may stand for; False where somebody has one."""
+    def _one(self, store: PoolStore, report: SweepReport) -> Iterator[None]:
+        """Keep what happens to one thing from the next: it may be in use, then a later round finds it, or beyond our means."""
+        try:
+            yield
+        except OperationPending:
+            return
+        except (TatamiError, OSError) as error:
+            report.failed += 1
+            _log.warning("a leftover cannot be swept", extra={"pool": store.name, "error": str(error)})
+
+    @contextmanager
+    def _hold(self, store: PoolStore, record_id: str) -> Iterator[None]:
+        """Hold the locks of the volume and of the snapshot that an id may stand for. Raises OperationPending."""
         with ExitStack() as held:
-            try:
-                if ID_PATTERN.fullmatch(record_id):
-                    held.enter_context(self._locks.hold(store, f"volume:{record_id}"))
-                    held.enter_context(self._locks.hold(store, f"snapshot:{record_id}"))
-                free = True
-            except OperationPending:
-                free = False
-            yield free
+            if ID_PATTERN.fullmatch(record_id):
+                held.enter_context(self._locks.hold(store, f"volume:{record_id}"))
+                held.enter_context(self._locks.hold(store, f"snapshot:{record_id}"))
+            yield
 
 
 def _count(report: SweepReport, phase: Phase) -> None:

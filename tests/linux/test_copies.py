@@ -15,7 +15,6 @@ import tracemalloc
 
 import pytest
 
-from csi_driver.errors import FailedPrecondition
 from csi_driver.linux import copies, inode_flags, trees
 from csi_driver.linux.walk import WalkStopped
 
@@ -96,7 +95,7 @@ def manifest(top):
                 entry["content"] = hashlib.sha256(os.pread(descriptor, 64 * MIB, 0)).hexdigest()
                 entry["holes"] = extents(descriptor, status.st_size)
             else:
-                pending += [os.path.join(path, name) for name in os.listdir(whole)]
+                pending += [os.path.join(path, os.fsencode(name)) for name in os.listdir(descriptor)]
             os.close(descriptor)
         found[path] = entry
     # Which names are one inode, whatever the order they were met in.
@@ -248,9 +247,8 @@ def test_everything_survives(room, methods):
     assert report.directories == sum(entry["type"] == stat.S_IFDIR for entry in before.values())
     status = (room / "target" / "holey").stat()
     assert status.st_blocks * 512 < HOLEY_BYTES // 2
-    assert report.method == {0: "copy", 1: "copy_file_range"}.get(len(methods), report.method)
-    if room.name in {"xfs", "btrfs"} and len(methods) == 3:
-        assert report.method == "reflink"
+    best = "reflink" if room.name in {"xfs", "btrfs"} else "copy_file_range"
+    assert report.method == {0: "copy", 1: "copy_file_range", 3: best}[len(methods)]
 
 
 @pytest.mark.root
@@ -328,7 +326,8 @@ def overwrite(path):
 
 def clear_flags(path):
     descriptor = os.open(path, os.O_RDONLY)
-    inode_flags.write_flags(descriptor, 0)
+    kept = inode_flags.read_flags(descriptor) & ~(inode_flags.HOLDING | inode_flags.NODUMP | inode_flags.NOATIME)
+    inode_flags.write_flags(descriptor, kept)
     os.close(descriptor)
 
 
@@ -401,6 +400,38 @@ def test_a_mount_point_in_the_source_is_left_out_and_counted(plain_room):
         subprocess.run(["umount", plain_room / "source/mounted", plain_room / "source/mounted-file"], check=True)
     assert report.not_carried == {"mount point": 2}
     assert os.listdir(plain_room / "target") == []
+
+
+# In a process of its own: one that hangs on a dead server cannot be interrupted.
+AROUND_A_DEAD_SERVER = """
+import os, sys, time
+from csi_driver.errors import FailedPrecondition
+from csi_driver.linux import copies, trees
+source, target, parent = (os.open(path, os.O_RDONLY | os.O_DIRECTORY) for path in sys.argv[1:])
+assert trees.measure_tree(source, deadline=time.monotonic() + 20).complete
+assert copies.copy_tree(source, target).not_carried == {"mount point": 1}
+try:
+    trees.remove_tree(parent, os.path.basename(sys.argv[1]))
+except FailedPrecondition as error:
+    assert "mounted" in str(error)
+else:
+    sys.exit("removed")
+"""
+
+
+@pytest.mark.root
+def test_a_dead_filesystem_mounted_in_a_tree_hangs_nothing(plain_room, dead_filesystem):
+    source = dead_filesystem.path.parent
+    (source / "file").write_text("x")
+    (plain_room / "target").mkdir()
+    arguments = [sys.executable, "-c", AROUND_A_DEAD_SERVER, source, plain_room / "target", source.parent]
+    child = subprocess.Popen(arguments)
+    try:
+        assert child.wait(timeout=20) == 0
+    finally:
+        dead_filesystem.give_up()
+        child.kill()
+        child.wait()
 
 
 @pytest.mark.root
@@ -601,7 +632,7 @@ while True:
             kind = number % 6
             if kind == 0: attempt(os.symlink, j(outside, b"canary"), path)
             elif kind == 1: attempt(os.mkfifo, path)
-            elif kind == 2: attempt(os.mknod, path, stat.S_IFCHR | 0o666, os.makedev(10, 130))
+            elif kind == 2: attempt(os.mknod, path, stat.S_IFCHR | 0o666, os.makedev(120, 7))  # ENXIO to whoever opens it
             elif kind == 3: attempt(os.mkdir, path)
             elif kind == 4: attempt(os.link, j(here, b"f2"), path)
             else:
@@ -670,10 +701,7 @@ def test_copying_a_tree_that_a_tenant_swaps_reads_nothing_outside(swapped_tree, 
     tree, _ = swapped_tree
     carried, kinds = 0, set()
     for _ in for_seconds(10):
-        try:
-            report = copy(tree, tmp_path / "target")
-        except FileNotFoundError:  # the top itself, opened by path here
-            continue
+        report = copy(tree, tmp_path / "target")
         carried += report.files
         kinds |= report.not_carried.keys()
         for directory, _, names in os.walk(tmp_path / "target"):
@@ -705,14 +733,9 @@ def test_removing_and_measuring_a_tree_that_a_tenant_swaps_touches_nothing_outsi
         try:
             trees.remove_tree(parent, "tree")
             removed += 1
-        except (FailedPrecondition, PermissionError):
-            raise
         except OSError as error:
-            assert error.errno in {errno.ENOTEMPTY, errno.EBUSY}
-        try:
-            build_playground(tree)
-        except OSError:
-            pass
+            if error.errno != errno.ENOTEMPTY:  # the tenant may fill it as fast
+                raise
     os.close(parent)
     assert removed > 50
     assert measured > 500

@@ -60,7 +60,11 @@ class Client:
         self._kept = []  # grpc cancels a call that nobody refers to any more
         self.channel = grpc.insecure_channel(
             f"unix:{quote(str(socket))}",
-            options=[("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1)],
+            options=[
+                ("grpc.enable_retries", 0),
+                ("grpc.use_local_subchannel_pool", 1),
+                ("grpc.max_receive_message_length", -1),
+            ],
         )
 
     def start(self, method, request=None, *, timeout=10, metadata=()):

@@ -62,7 +62,22 @@ def test_a_full_filesystem_is_resource_exhausted(number):
 
 @pytest.mark.parametrize(
     "name",
-    "ESTALE ETIMEDOUT EIO EROFS EBUSY ENETUNREACH EHOSTUNREACH ENETDOWN EHOSTDOWN ECONNREFUSED ECONNRESET ENOTCONN ENOLCK EMFILE".split(),
+    [
+        "ESTALE",
+        "ETIMEDOUT",
+        "EIO",
+        "EROFS",
+        "EBUSY",
+        "ENETUNREACH",
+        "EHOSTUNREACH",
+        "ENETDOWN",
+        "EHOSTDOWN",
+        "ECONNREFUSED",
+        "ECONNRESET",
+        "ENOTCONN",
+        "ENOLCK",
+        "EMFILE",
+    ],
 )
 def test_trouble_that_leaves_the_outcome_open_is_never_called_certain(name):
     code, _ = to_status(OSError(getattr(errno, name), "trouble"))
@@ -73,7 +88,9 @@ def test_the_errno_table_knows_only_room_and_trouble():
     assert set(ERRNO_CODES.values()) == {StatusCode.RESOURCE_EXHAUSTED, StatusCode.UNAVAILABLE}
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOENT, "no such file", "/secret/place"), ValueError("internals"), KeyError("x")])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOENT, "no such file", "/secret/place"), ValueError("internals"), KeyError("x")]
+)
 def test_what_nobody_foresaw_is_internal_and_says_only_where_to_look(error):
     with logs.bind_request("r-17", "CreateVolume"):
         code, message = to_status(error)

@@ -1,5 +1,8 @@
 """A client of every RPC, by its name: what sidecars and kubelet are to the driver."""
 
+import threading
+import time
+
 import grpc
 
 from csi_driver.rpc import csi_pb2 as csi
@@ -40,6 +43,11 @@ class Client:
 
     def __exit__(self, *_: object) -> None:
         self.channel.close()
+
+    def wait_until_connected(self, stop: threading.Event) -> None:
+        """Wait for the driver to answer, or for `stop`."""
+        while not stop.is_set() and self.code("Probe", csi.ProbeRequest(), 2) is not grpc.StatusCode.OK:
+            time.sleep(0.01)
 
     def call(self, method: str, request, timeout: float = 60, *, wait_for_ready: bool = False):
         """Make one call; `request` is a message, or bytes that are sent as they are. Raises grpc.RpcError."""
