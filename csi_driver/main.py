@@ -58,12 +58,13 @@ def serve(options: ServeOptions, settings: DriverSettings) -> int:
                 socket_path=parse_endpoint(options.endpoint),
                 metrics=metrics,
             )
+            domain.sweeper.sweep_leftovers()
+            # First, while there are no other threads: making the socket takes the process' umask for a moment.
+            server.start()
+            domain.sweeper.start(_observer(metrics))
             if options.metrics_address is not None:
                 ready = domain.services.health.ready
                 running.callback(serve_metrics(options.metrics_address, metrics, ready).stop)
-            domain.sweeper.sweep()
-            domain.sweeper.start(_observer(metrics))
-            server.start()
             _log.info(
                 "driver started",
                 extra={

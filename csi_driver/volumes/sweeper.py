@@ -89,10 +89,15 @@ class Sweeper:
             observe(time.monotonic() - started, report)
             self._wake.wait(max(0.0, next_sweep - time.monotonic()))
 
-    def sweep(self) -> SweepReport:
-        """Go through all pools once, at once: for a start, before anybody is served, and for whoever wants to see the result."""
+    def sweep_leftovers(self) -> SweepReport:
+        """Complete and remove what a crash left, at once: for a start, before anybody is served. The trash is left for later."""
         report = SweepReport()
         self._each_pool(self._leftovers, report, patient=False)
+        return report
+
+    def sweep(self) -> SweepReport:
+        """Go through all pools once, trash included, at once: for whoever wants to see the result."""
+        report = self.sweep_leftovers()
         self._each_pool(self._empty_trash, report, patient=False)
         return report
 
