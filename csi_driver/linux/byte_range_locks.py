@@ -68,7 +68,7 @@ class HeldLock:
                 return False
             try:
                 os.pread(self._descriptor, 1, 0)
-                return os.fstat(self._descriptor).st_nlink > 0 and _set(self._descriptor, fcntl.F_WRLCK, self._offset)
+                return os.fstat(self._descriptor).st_nlink > 0 and _set(self._descriptor, self._kind, self._offset)
             except OSError:
                 return False
 

@@ -413,3 +413,13 @@ def test_a_lock_that_another_took_meanwhile_is_not_held_any_more(directory, dire
     held.release()
     assert other.still_held()
     other.release()
+
+
+def test_shared_holders_share_and_keep_a_sole_one_out(directory, directory_fd):
+    locks = ByteRangeLocks(directory_fd, "lock")
+    with locks.try_hold(1, shared=True) as one, locks.try_hold(1, shared=True) as other:
+        assert locks.try_hold(1) is None
+        assert one.still_held()
+        assert other.still_held()
+    with locks.try_hold(1):
+        assert locks.try_hold(1, shared=True) is None
