@@ -26,6 +26,11 @@ $(VENV)/dev.stamp: requirements/dev.txt pyproject.toml | $(VENV)/bin/pip
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@ $(VENV)/runtime.stamp
 
+# Programs that tests run for real: file systems to make, an NFS server, a kernel that runs as a process.
+.PHONY: packages
+packages: ## Install the Debian packages that the tests use (as root; nothing to do when they are there)
+	@if [ "$$(id -u)" = 0 ]; then tests/uml/install.sh; else echo "not root: tests that need mounts are skipped, and say so"; fi
+
 .PHONY: setup
 setup: $(VENV)/dev.stamp ## Make the virtual environment with everything a developer needs
 
@@ -67,11 +72,11 @@ format: $(VENV)/dev.stamp ## Put the code into shape
 	$(VENV)/bin/ruff format --quiet .
 
 .PHONY: test-fast
-test-fast: $(VENV)/dev.stamp ## Tests that take seconds
+test-fast: $(VENV)/dev.stamp packages ## Tests that take seconds
 	$(PYTEST) -m "not minutes"
 
 .PHONY: test-minutes
-test-minutes: $(VENV)/dev.stamp $(SANITY) ## Tests that take minutes: csi-sanity, storms, many volumes
+test-minutes: $(VENV)/dev.stamp $(SANITY) packages ## Tests that take minutes: csi-sanity, storms, many volumes
 	CSI_SANITY=$(abspath $(SANITY)) $(PYTEST) -m minutes
 
 .PHONY: sanity
