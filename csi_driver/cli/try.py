@@ -70,7 +70,8 @@ def _try(site: Site, driver: DriverChild, screen: Screen, *, once: bool, rootles
         if not once:
             _serve_on(driver, screen, rootless=rootless)
     except TrialFailed as error:
-        screen.failed(str(error))
+        log = "" if str(site.shown(site.log)) in str(error) else f"\nThe driver's log: {site.shown(site.log)}"
+        screen.failed(f"{error}{log}")
         return 1
     except KeyboardInterrupt:
         return _INTERRUPTED

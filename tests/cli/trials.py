@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import site
 import subprocess
 import sys
@@ -131,7 +132,11 @@ class Trials:
             process.wait(SECONDS)
             for stream in (process.stdout, process.stderr):
                 stream.close()
+        for pid in processes_of(self.home):  # of a test that failed
+            os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not processes_of(self.home))
+        for point in reversed(mounts_of(self.home)):
+            subprocess.run(["umount", point], check=True)
         shutil.rmtree(self.home)
 
 
@@ -144,16 +149,16 @@ def event(process: "subprocess.Popen[str]", name: str) -> dict:
     raise AssertionError(f"the trial ended without {name!r}: {process.stderr.read()}")
 
 
-def processes_of(directory: Path) -> list[str]:
-    """List the command lines of all processes that name the directory."""
+def processes_of(directory: Path) -> list[int]:
+    """List the processes whose command line names the directory."""
     found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+    for entry in Path("/proc").glob("[0-9]*"):
         try:
-            line = entry.read_bytes()
+            line = (entry / "cmdline").read_bytes()
         except (FileNotFoundError, ProcessLookupError):
             continue
         if os.fsencode(directory) in line:
-            found.append(line.replace(b"\0", b" ").decode())
+            found.append(int(entry.name))
     return found
 
 
