@@ -4,29 +4,32 @@ import dataclasses
 import logging
 import os
 import signal
-import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import FrameType
 
 from csi_driver import __version__
-from csi_driver.backends.base import PoolBackend
+from csi_driver.backends.base import PoolBackend, in_background
 from csi_driver.backends.hostpath import HostPathBackend
+from csi_driver.backends.nfs import NfsBackend
 from csi_driver.config import (
     ConfigError,
     DriverSettings,
     HostPathPool,
+    NfsPool,
     ServeOptions,
     parse_endpoint,
 )
-from csi_driver.errors import TatamiError
+from csi_driver.errors import InvalidArgument, TatamiError, Unavailable
 from csi_driver.rpc.server import CsiServer
 from csi_driver.telemetry import logs
 from csi_driver.telemetry.http_endpoint import serve_metrics
 from csi_driver.telemetry.metrics import Metrics, PoolUsage, PrometheusMetrics
 from csi_driver.volumes.assembly import Domain, Installation, assemble
 from csi_driver.volumes.handles import node_tag
-from csi_driver.volumes.nodes import topology_value
+from csi_driver.volumes.model import Topology
+from csi_driver.volumes.nodes import address_towards, topology_value
 from csi_driver.volumes.pools import TRASH, PoolStore
 from csi_driver.volumes.sweeper import SweepReport
 
@@ -42,21 +45,20 @@ def serve(options: ServeOptions, settings: DriverSettings) -> int:
     Raises ConfigError for settings that this build cannot serve.
     """
     logs.configure(options.log_format, options.log_level)
-    stop = threading.Event()  # set by a signal; main waits for nothing else
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _setter(stop))
     domain = assemble(_installation(options, settings))
     metrics = _metrics(options, settings, domain)
-    node_local = any(store.backend.node_local for store in domain.pools)
+    topology = any(store.backend.node_local or store.backend.remote for store in domain.pools)
     try:
-        domain.prepare()
         with ExitStack() as running:
+            stopping = running.enter_context(_stop_signals())
+            domain.prepare()
             server = CsiServer(
                 domain.services,
                 driver_name=settings.name,
-                topology=node_local,
+                topology=topology,
                 socket_path=parse_endpoint(options.endpoint),
                 metrics=metrics,
+                pools=[store.name for store in domain.pools],
             )
             domain.sweeper.sweep_leftovers()
             # First, while there are no other threads: making the socket takes the process' umask for a moment.
@@ -75,7 +77,7 @@ def serve(options: ServeOptions, settings: DriverSettings) -> int:
                     "pools": domain.pools.names(),
                 },
             )
-            stop.wait()
+            os.read(stopping, 1)
             _log.info("stopping")
             ended = server.stop(STOP_SECONDS)
             domain.stop(5.0)
@@ -86,28 +88,79 @@ def serve(options: ServeOptions, settings: DriverSettings) -> int:
     return 0
 
 
-def _setter(stop: threading.Event) -> Callable[[int, FrameType | None], None]:
-    return lambda _number, _frame: stop.set()
+@contextmanager
+def _stop_signals() -> Iterator[int]:
+    """Give a descriptor that can be read from once SIGTERM or SIGINT has come.
+
+    Of two signals at once the kernel may hand both to another thread. Python's handlers run in the main thread only, and nothing
+    would wake it from waiting for an Event or a queue; the wake-up descriptor is written to by whichever thread it is.
+    """
+    stopping, wake_up = os.pipe()
+    os.set_blocking(wake_up, False)
+    signal.set_wakeup_fd(wake_up, warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _ignore)
+    try:
+        yield stopping
+    finally:
+        signal.set_wakeup_fd(-1)
+        os.close(stopping)
+        os.close(wake_up)
+
+
+def _ignore(_number: int, _frame: FrameType | None) -> None:
+    """Do nothing: the wake-up descriptor has it. SIG_IGN would not write to it."""
 
 
 def _installation(options: ServeOptions, settings: DriverSettings) -> Installation:
-    topology = {f"topology.{settings.name}/node": topology_value(options.node_id, node_tag(options.node_id))}
-    pools = [pool for pool in settings.pools.values() if isinstance(pool, HostPathPool)]
-    if len(pools) != len(settings.pools):
-        raise ConfigError('[driver] backend = "nfs": NFS pools are not served by this version; allowed is "hostpath"')
-    if len({pool.shared for pool in pools}) > 1:
+    state_directory = options.kubelet_dir / "plugins" / settings.name
+    if settings.backend == "nfs":
+        pools = [pool for pool in settings.pools.values() if isinstance(pool, NfsPool)]
+        backends = _nfs_backends(pools, state_directory)
+        # Says which nodes run this driver. Volumes are bound to none of them: whoever has a way to the server can mount them.
+        client = {f"topology.{settings.name}/client": "nfs"}
+        return _installed(options, settings, backends, _node_with_address(options, pools), client, state_directory)
+    node_id = options.node_id.partition("@")[0]
+    topology = {f"topology.{settings.name}/node": topology_value(node_id, node_tag(node_id))}
+    places = [pool for pool in settings.pools.values() if isinstance(pool, HostPathPool)]
+    if len({pool.shared for pool in places}) > 1:
         raise ConfigError(
             "[pools]: some pools are `shared = true` and some are not: shared pools are served by one controller, the others by each "
             "node, so they need two installations"
         )
-    backends: dict[str, PoolBackend] = {pool.name: HostPathBackend(pool, topology) for pool in pools}
+    directories = {pool.name: HostPathBackend(pool, topology) for pool in places}
+    return _installed(options, settings, directories, node_id, None if places[0].shared else topology, state_directory)
+
+
+def _nfs_backends(pools: Sequence[NfsPool], state_directory: Path) -> dict[str, PoolBackend]:
+    try:
+        return {pool.name: NfsBackend(pool, state_directory / "pools" / pool.name) for pool in pools}
+    except InvalidArgument as error:
+        raise ConfigError(str(error)) from error
+
+
+def _node_with_address(options: ServeOptions, pools: Sequence[NfsPool]) -> str:
+    """Return `name@address`: the address lets an exporter know whom to let in without asking Kubernetes."""
+    if "@" in options.node_id or options.role == "controller":
+        return options.node_id
+    return f"{options.node_id}@{address_towards(pool.server for pool in pools)}"
+
+
+def _installed(
+    options: ServeOptions,
+    settings: DriverSettings,
+    backends: Mapping[str, PoolBackend],
+    node_id: str,
+    topology: Topology | None,
+    state_directory: Path,
+) -> Installation:
     return Installation(
         driver=settings.name,
         backends=backends,
         default_pool=settings.default_pool,
-        node_id=options.node_id,
-        topology=None if pools[0].shared else topology,
-        state_directory=options.kubelet_dir / "plugins" / settings.name,
+        node_id=node_id,
+        topology=topology,
+        state_directory=state_directory,
         kubelet_dir=options.kubelet_dir,
         max_volumes_per_node=settings.max_volumes_per_node or 0,
         controller=options.role in ("controller", "all"),
@@ -120,12 +173,17 @@ def _metrics(options: ServeOptions, settings: DriverSettings, domain: Domain) ->
         return Metrics()
     metrics = PrometheusMetrics(settings.name, {"backend": settings.backend, "role": options.role})
     for store in domain.pools:
+        if store.backend.remote and options.role == "node":
+            continue  # the controller measures it; a node would have to mount the share for that
         metrics.watch_pool(store.name, _usage_of(store))
     return metrics
 
 
 def _usage_of(store: PoolStore) -> Callable[[], PoolUsage]:
     def read() -> PoolUsage:
+        in_background.set(True)  # a scrape does not keep a share mounted
+        if store.backend.dormant:
+            raise Unavailable(f"pool {store.name} is not in use, and its share is not mounted for a scrape")
         space = store.space()
         with store.open(TRASH) as trash:
             waiting = len(os.listdir(trash))

@@ -22,7 +22,16 @@ START_SECONDS = 30
 class DriverProcess:
     """One `tatami serve`. `home` holds pools, sockets, logs and the kubelet's directory."""
 
-    def __init__(self, home: Path, *, role: str = "all", name: str = "csi", config: Path | None = None, node_id: str = "node-1", **environment: str):
+    def __init__(
+        self,
+        home: Path,
+        *,
+        role: str = "all",
+        name: str = "csi",
+        config: Path | None = None,
+        node_id: str = "node-1",
+        **environment: str,
+    ):
         self.home = home
         self.role = role
         self.kubelet = home / "kubelet"
@@ -48,10 +57,13 @@ class DriverProcess:
 
     def spawn(self) -> None:
         """Start the process and do not wait for it."""
-        argv = [sys.executable, "-m", "csi_driver", "serve", "--config", str(self.config), "--role", self.role, "--endpoint", self.endpoint]
-        argv += ["--node-id", self.node_id, "--kubelet-dir", str(self.kubelet), "--log-level", "debug"]
+        argv = [sys.executable, "-m", "csi_driver", "serve", "--config", str(self.config), "--role", self.role]
+        argv += ["--endpoint", self.endpoint, "--node-id", self.node_id, "--kubelet-dir", str(self.kubelet)]
+        argv += ["--log-level", "debug"]
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **self.environment})
+            self.process = subprocess.Popen(
+                argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **self.environment}
+            )
 
     def wait_until_ready(self) -> None:
         until = time.monotonic() + START_SECONDS

@@ -1,12 +1,11 @@
-"""The command `tatami`: a group that finds its commands by looking into this package.
+"""The command `tatami`: a group of commands, each imported when it is asked for.
 
-A command is one file: `cli/NAME.py` that holds a click command called `command`. Nothing else has to be edited to add one. What a
-command needs from above (the command line may not import the composition root) it gets as `Program`, through click's context.
-Every file is imported to list the commands in `--help`, so heavy imports belong into the commands' functions.
+A command is one file, `cli/NAME.py`, that holds a click command called `command`, and its name in COMMANDS. What a command needs
+from above (the command line may not import the composition root) it gets as `Program`, through click's context.
+All of them are imported to be listed in `--help`, so heavy imports belong into the commands' functions.
 """
 
 import importlib
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Any
@@ -15,6 +14,8 @@ import click
 
 from csi_driver import __version__, cli
 from csi_driver.config import ConfigError, DriverSettings, ServeOptions
+
+COMMANDS = ("call", "serve", "try")
 
 ServeFunction = Callable[[ServeOptions, DriverSettings], int]
 
@@ -36,11 +37,10 @@ class Refused(click.ClickException):
 
 
 class CommandGroup(click.Group):
-    """Finds each command in the file of its name, imported when it is asked for."""
+    """Finds each command in the file of its name."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  # click's signature
-        names = sorted(module.name for module in pkgutil.iter_modules(cli.__path__))
-        return [name for name in names if _command(name) is not None]
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002  # click's signature
         return _command(cmd_name)
@@ -64,7 +64,8 @@ def build(serve: ServeFunction) -> click.Group:
 
 
 def _command(name: str) -> click.Command | None:
-    if name not in {module.name for module in pkgutil.iter_modules(cli.__path__)}:
+    if name not in COMMANDS:
         return None
-    found = getattr(importlib.import_module(f"{cli.__name__}.{name}"), "command", None)
-    return found if isinstance(found, click.Command) else None
+    found = importlib.import_module(f"{cli.__name__}.{name}").command
+    assert isinstance(found, click.Command)
+    return found

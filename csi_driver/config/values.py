@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 MAX_SOCKET_PATH_BYTES = 107  # sun_path of unix(7) is 108 bytes with its NUL
+MAX_NODE_ID_BYTES = 256
 
 _LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 _DRIVER_NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*")
@@ -66,9 +67,17 @@ def parse_metrics_address(text: str) -> tuple[str, int]:
 
 
 def parse_node_id(text: str) -> str:
-    """Return the name of this node as Kubernetes writes node names (and hosts write theirs), at most 253 characters."""
-    if not _NODE_ID.fullmatch(text):
+    """Return the name of this node as Kubernetes writes node names (and hosts write theirs), at most 253 characters.
+
+    `@` and the node's address may follow: NFS servers know nodes by it, and it is found out where it is not given.
+    """
+    name, at, address = text.partition("@")
+    if not _NODE_ID.fullmatch(name):
         raise ConfigError("must be 1 to 253 letters, digits, '-', '.' or '_', beginning and ending with a letter or digit")
+    if at and not any(_is_address(address, kind) for kind in (ipaddress.IPv4Address, ipaddress.IPv6Address)):
+        raise ConfigError("must have an IPv4 or IPv6 address behind '@', such as node-1@10.0.0.7")
+    if len(text) > MAX_NODE_ID_BYTES:
+        raise ConfigError(f"must have at most {MAX_NODE_ID_BYTES} characters (CSI spec, NodeGetInfoResponse.node_id)")
     return text
 
 

@@ -82,7 +82,9 @@ def parse_bind_flags(flags: Sequence[str], field: str) -> MountAttributes:
     """
     for index, flag in enumerate(flags):
         if flag not in _TIGHTENING and flag not in _ACCESS_TIMES and flag not in _DEFAULTS:
-            raise InvalidArgument.field(f"{field}[{index}]", flag, f"a bind mount can honour {_ALLOWED}")
+            # The value of a flag may be secret (CSI spec, VolumeCapability.MountVolume).
+            shown = flag.partition("=")[0] + "=…" if "=" in flag else flag
+            raise InvalidArgument.field(f"{field}[{index}]", shown, f"a bind mount can honour {_ALLOWED}")
         for group in _CONTRADICTIONS:
             earlier = [word for word in flags[:index] if word in group and word != flag]
             if flag in group and earlier:

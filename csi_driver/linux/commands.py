@@ -63,23 +63,31 @@ class CommandMissing(Exception):
         self.command = command
 
 
-def run(argv: Sequence[str], *, timeout: float, stdin: bytes | None = None, check: bool = True) -> Completed:
+def run(
+    argv: Sequence[str],
+    *,
+    timeout: float,
+    stdin: bytes | None = None,
+    check: bool = True,
+    should_stop: Callable[[bytes], bool] | None = None,
+) -> Completed:
     """Run `argv` to its end, at most `timeout` seconds, in a session of its own with LC_ALL=C and "/" as directory.
 
-    Raises CommandFailed on a non-zero exit (with `check`) and on more than OUTPUT_LIMIT bytes of standard output (always: half an
+    `should_stop` is asked some twenty times a second, with what was printed so far; True is as if the deadline had come. Raises CommandFailed on a non-zero exit (with `check`) and on more than OUTPUT_LIMIT bytes of standard output (always: half an
     answer is none), CommandMissing when there is no such command, DeadlineExceeded at the deadline: then the process group has been
     sent SIGKILL, and whether the command took effect is not known.
     """
     deadline = time.monotonic() + timeout
     process = _start(argv, stdin)
     try:
-        stdout, stderr = _talk(process, stdin, deadline)
+        stdout, stderr = _talk(process, stdin, deadline, should_stop)
         if len(stdout) > OUTPUT_LIMIT:
             raise CommandFailed(argv, -signal.SIGKILL, "", f"printed more than {OUTPUT_LIMIT} bytes and was stopped")
         returncode = process.wait(timeout=max(deadline - time.monotonic(), 0.0))
     except subprocess.TimeoutExpired:
+        lasted = timeout + time.monotonic() - deadline
         raise DeadlineExceeded(
-            f"`{_shown(argv)}` was killed after {timeout:g} s; whether it took effect is not known"
+            f"`{_shown(argv)}` was killed after {round(lasted, 1):g} s; whether it took effect is not known"
         ) from None
     finally:
         for stream in (process.stdin, process.stdout, process.stderr):
@@ -108,7 +116,9 @@ def _start(argv: Sequence[str], stdin: bytes | None) -> subprocess.Popen[bytes]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             bufsize=0,
-            close_fds=True,
+            # Python's descriptors are all close-on-exec (PEP 446). To close them before exec as well would be done while this whole
+            # process waits for its new child (vfork), and closing one with unwritten data of a dead NFS server does not return.
+            close_fds=False,
             start_new_session=True,
             cwd="/",  # a command must not keep busy whatever directory the driver happens to stand in
             env={**os.environ, "LC_ALL": "C", "LANGUAGE": "C"},
@@ -117,7 +127,9 @@ def _start(argv: Sequence[str], stdin: bytes | None) -> subprocess.Popen[bytes]:
         raise CommandMissing(argv[0], error.strerror or "cannot be executed") from error
 
 
-def _talk(process: subprocess.Popen[bytes], stdin: bytes | None, deadline: float) -> tuple[bytes, bytes]:
+def _talk(
+    process: subprocess.Popen[bytes], stdin: bytes | None, deadline: float, should_stop: Callable[[bytes], bool] | None
+) -> tuple[bytes, bytes]:
     """Feed and drain the pipes until they close, the process ends, or stdout is too long. Raises TimeoutExpired."""
     stdout, stderr = bytearray(), bytearray()
     with selectors.DefaultSelector() as selector:
@@ -128,7 +140,7 @@ def _talk(process: subprocess.Popen[bytes], stdin: bytes | None, deadline: float
             # Asked before the pipes are: what an ended process wrote is then certain to be in them.
             ended = process.poll() is not None
             remaining = deadline - time.monotonic()
-            if remaining <= 0 and not ended:
+            if not ended and (remaining <= 0 or (should_stop is not None and should_stop(bytes(stdout)))):
                 raise subprocess.TimeoutExpired(process.args, 0)
             ready = selector.select(0 if ended else min(remaining, _EXIT_POLL))
             if ended and (remaining <= 0 or not any(events & selectors.EVENT_READ for _, events in ready)):

@@ -1,7 +1,7 @@
 """Which inodes with several names a copy has met, and where their first copies are.
 
 A first copy is found again by its way down in the target, kept as a chain that inodes of one directory share: neither its length
-nor the number of descriptors has a limit. An inode is forgotten once all its names were met.
+nor the number of descriptors has a limit. An inode is forgotten once all its names were met. Not for two threads at once.
 """
 
 import os
@@ -18,40 +18,32 @@ Key = tuple[int, tuple[int, int], tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class Place:
+    """A directory of the copy: its name and what it lies in; the top has no parent."""
+
     name: bytes
-    parent: Optional["_Place"]
+    parent: Optional["Place"]
 
 
 @dataclass(slots=True)
 class _First:
-    directory: _Place
+    directory: Place
     name: bytes
     names_left: int
 
 
 class HardLinks:
-    """The table of one copy. Kept in step with the walk by `enter` and `leave`."""
+    """The table of one copy."""
 
     def __init__(self, target_top_fd: int) -> None:
         """Begin at the top of the target; the descriptor stays the caller's."""
         self._top_fd = target_top_fd
-        self._here = _Place(b"", None)
         self._firsts: dict[Key, _First] = {}
-        self._held: list[tuple[_Place, bytes, int]] = []
+        self._held: list[tuple[Place, bytes, int]] = []
         self._reader = InodeReader()
 
-    def enter(self, name: bytes) -> None:
-        """Follow the walk down."""
-        self._here = _Place(name, self._here)
-
-    def leave(self) -> None:
-        """Follow the walk up."""
-        assert self._here.parent is not None
-        self._here = self._here.parent
-
-    def link(self, pinned: int, target_fd: int, name: bytes, names: int) -> bool:
-        """Link `name` to the first copy of the inode that `pinned` holds, which has so many names.
+    def link(self, pinned: int, target_fd: int, here: Place, name: bytes, names: int) -> bool:
+        """Link `name` in `here` (open as `target_fd`) to the first copy of the inode that `pinned` holds, which has so many names.
 
         False when there is none: the caller makes one under this name, and it counts as the first from now on.
         Raises OSError as link(2); after such a refusal, too, this name counts as the first.
@@ -61,14 +53,14 @@ class HardLinks:
         key = (status.inode, status.device, status.birth)
         first = self._firsts.get(key)
         if first is None:
-            self._firsts[key] = _First(self._here, name, names - 1)
+            self._firsts[key] = _First(here, name, names - 1)
             return False
         try:
-            self._link_to(first, target_fd, name)
+            self._link_to(first, target_fd, here, name)
         except FileExistsError:
             raise
         except OSError as error:
-            self._firsts[key] = _First(self._here, name, first.names_left)
+            self._firsts[key] = _First(here, name, first.names_left)
             if isinstance(error, FileNotFoundError):  # the first could not be made
                 return False
             raise
@@ -77,9 +69,9 @@ class HardLinks:
             del self._firsts[key]
         return True
 
-    def hold(self, name: bytes, flags: int) -> None:
-        """Keep flags of the copy `name` in the current directory that would forbid further links to it, for `held`."""
-        self._held.append((self._here, name, flags))
+    def hold(self, here: Place, name: bytes, flags: int) -> None:
+        """Keep flags of the copy `name` in `here` that would forbid further links to it, for `held`."""
+        self._held.append((here, name, flags))
 
     def held(self) -> Iterator[tuple[int, int]]:
         """Yield what was kept back: a pinned descriptor, closed on the next step, and the flags."""
@@ -90,8 +82,8 @@ class HardLinks:
             finally:
                 os.close(pinned)
 
-    def _link_to(self, first: _First, target_fd: int, name: bytes) -> None:
-        if first.directory is self._here:
+    def _link_to(self, first: _First, target_fd: int, here: Place, name: bytes) -> None:
+        if first.directory is here:
             os.link(first.name, name, src_dir_fd=target_fd, dst_dir_fd=target_fd, follow_symlinks=False)
             return
         pinned = self._find(first.directory, first.name)
@@ -101,7 +93,7 @@ class HardLinks:
         finally:
             os.close(pinned)
 
-    def _find(self, place: _Place, name: bytes) -> int:
+    def _find(self, place: Place, name: bytes) -> int:
         names = [name]
         while place.parent is not None:
             names.append(place.name)

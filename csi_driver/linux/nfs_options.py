@@ -140,7 +140,7 @@ def parse_nfs_options(words: Sequence[str], field: str, *, of_pool: bool = False
             if earlier.kind == option.kind and earlier != option:
                 raise InvalidArgument(f"{field}[{index}] is {quoted(option.name)}: it contradicts `{earlier.name}` before it")
         parsed.append(option)
-    return tuple(parsed)
+    return tuple(dict.fromkeys(parsed))
 
 
 def join_options(*sources: Iterable[NfsOption]) -> tuple[NfsOption, ...]:

@@ -1,4 +1,4 @@
-"""The system calls that Python does not offer, by ctypes: openat2, getdents64, statx and syncfs.
+"""The system calls that Python does not offer, by ctypes: openat2, getdents64, statx, syncfs, sync_file_range and ioprio_set.
 
 Python's `os` follows whatever the tree holds below a descriptor (symlinks in the middle of a path, mounts), reads a directory
 only from its start, and hides the mount id. Walking a tree that its owner changes meanwhile needs all three. Every call here
@@ -31,6 +31,10 @@ _getdents64.restype = ctypes.c_ssize_t
 _statx = _libc.statx
 _statx.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p]
 _statx.restype = ctypes.c_int
+
+_sync_file_range = _libc.sync_file_range
+_sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+_sync_file_range.restype = ctypes.c_int
 
 
 class _OpenHow(ctypes.Structure):
@@ -132,6 +136,29 @@ def sync_filesystem(descriptor: int) -> None:
     """
     if _libc.syncfs(descriptor) < 0:
         raise _failure()
+
+
+def sync_file_range_write(descriptor: int, offset: int, length: int) -> None:
+    """Send a part of a file (bytes) on its way to the disk without waiting (sync_file_range(2)); no promise that it gets there."""
+    _sync_file_range(descriptor, offset, length, 2)  # SYNC_FILE_RANGE_WRITE
+
+
+def sync_file_range_wait(descriptor: int, offset: int, length: int) -> None:
+    """Wait until a part of a file has been written out. A failure is not told here: fsync and syncfs tell it."""
+    _sync_file_range(descriptor, offset, length, 1 | 2 | 4)  # WAIT_BEFORE, WRITE, WAIT_AFTER
+
+
+def set_io_priority(io_class: int, level: int) -> None:
+    """Set the I/O priority of this thread and of those that it starts (ioprio_set(2)): class 2 is best effort, level 7 its lowest.
+
+    Raises OSError.
+    """
+    if _libc.syscall(_ioprio_set_number(), 1, 0, io_class << 13 | level) < 0:
+        raise _failure()
+
+
+def _ioprio_set_number() -> int:
+    return 251 if os.uname().machine == "x86_64" else 30  # the latter on all architectures since
 
 
 def mount_id(descriptor: int) -> int:

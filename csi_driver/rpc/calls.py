@@ -20,7 +20,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from csi_driver.errors import DeadlineExceeded, InvalidArgument, Unavailable
-from csi_driver.rpc.lanes import Lane, Lanes, lane_of
+from csi_driver.rpc.lanes import Lane, Lanes, lane_of, pool_of
 from csi_driver.rpc.redaction import loggable
 from csi_driver.rpc.status import to_status
 from csi_driver.telemetry import logs
@@ -112,7 +112,7 @@ class Calls(grpc.ServerInterceptor):
             request = _parse(handler, data)
             line.begin(request)
             lane = lane_of(line.method, request)
-            with self._lanes.enter(lane):
+            with self._lanes.enter(lane, pool_of(request)):
                 _deadline.set(_deadline_of(lane, context))
                 return cast("Message", handler.unary_unary(request, context))  # type: ignore[misc]  # intercept_service saw to it
 

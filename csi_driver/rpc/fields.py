@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from csi_driver.errors import InvalidArgument, NotFound, OperationPending, OutOfRange
-from csi_driver.linux.mounts import parse_bind_flags
 from csi_driver.rpc import csi_pb2 as csi
 from csi_driver.rpc.redaction import SERVICE_ACCOUNT_TOKENS
 from csi_driver.volumes.model import AccessMode, AccessType, Capability, CapacityRange, Page, Topology
@@ -23,6 +22,8 @@ _BANNED_IN_NAMES = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
 )  # CreateVolumeRequest.name; "commonly used whitespace" is not
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+_MOUNT_FLAG = re.compile(r"""(?!-)((?![,"'`\\])[!-~])+""")
+_MAX_GROUP = 2**32 - 2
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # Message Topology: a name of 63 characters, before it, if at all, a DNS prefix of 63 (253 where Kubernetes' own labels are sent).
 _TOPOLOGY_KEY = re.compile(r"(?:[a-z0-9](?:[-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9](?:[-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
@@ -169,7 +170,7 @@ def parse_capability(value: csi.VolumeCapability, field: str) -> Capability:
                 mode,
                 fs_type=_fs_type(value.mount.fs_type, f"{field}.mount.fs_type"),
                 mount_flags=_mount_flags(value.mount.mount_flags, f"{field}.mount.mount_flags"),
-                mount_group=_no_mount_group(value.mount.volume_mount_group, f"{field}.mount.volume_mount_group"),
+                mount_group=_mount_group(value.mount.volume_mount_group, f"{field}.mount.volume_mount_group"),
             )
         case _:
             raise InvalidArgument(f"{field}.access_type is missing: `mount` or `block` must be given")
@@ -198,19 +199,22 @@ def _mount_flags(flags: Iterable[str], field: str) -> tuple[str, ...]:
     if size > MAX_MAP_BYTES:
         raise InvalidArgument(f"{field} holds {size} bytes: at most {MAX_MAP_BYTES} are allowed")
     for index, word in enumerate(words):
-        # The spec forbids to show flags to those who may not see them, and this message ends up in a pod's events.
-        if "=" in word:
+        # Which flags there are depends on the pool. But whatever it is, nothing may end an option and begin another.
+        if not _MOUNT_FLAG.fullmatch(word):
+            # The spec forbids to show flags to those who may not see them, and this message ends up in a pod's events.
+            shown = word.partition("=")[0] + "=…" if "=" in word else word
             raise InvalidArgument.field(
-                f"{field}[{index}]", word.partition("=")[0] + "=…", "a bind mount knows no flag with a value"
+                f"{field}[{index}]",
+                shown,
+                "one mount option: printable ASCII without `,`, white space, quotes and backslash, not beginning with `-`",
             )
-    parse_bind_flags(tuple(dict.fromkeys(words)), field)
     return words
 
 
-def _no_mount_group(value: str, field: str) -> str:
-    # The node does not say VOLUME_MOUNT_GROUP. Ignoring the group would give a pod a volume it cannot write.
-    if value:
-        raise InvalidArgument.field(field, value, "no group is supported here; the driver has no VOLUME_MOUNT_GROUP capability")
+def _mount_group(value: str, field: str) -> str:
+    # Kubernetes sends fsGroup as a number. The last two of 32 bits are no groups: -1 means "leave it" (chown(2)).
+    if value and not (re.fullmatch(r"0|[1-9][0-9]{0,9}", value) and int(value) <= _MAX_GROUP):
+        raise InvalidArgument.field(field, value, f"a group's number from 0 to {_MAX_GROUP}")
     return value
 
 

@@ -41,7 +41,7 @@ class CsiServer:
     """Serves `services` on the Unix socket at `socket_path`, as driver `driver_name`.
 
     `topology` tells whether volumes live on one node; plugin capabilities describe the installation, so every instance of it must
-    be told the same. Which services are registered follows from what `services` holds.
+    be told the same. `pools` are those that share the lanes. Which services are registered follows from what `services` holds.
     """
 
     def __init__(
@@ -52,10 +52,11 @@ class CsiServer:
         topology: bool,
         socket_path: Path,
         metrics: Metrics,
+        pools: Sequence[str] = (),
         lanes: Sequence[Lane] = LANES,
     ) -> None:
         self._socket_path = socket_path
-        places = Lanes(metrics, lanes)
+        places = Lanes(metrics, lanes, pools)
         self._calls = Calls(places, metrics)
         self._server = grpc.server(DaemonThreads(places.threads), interceptors=[self._calls], options=_OPTIONS)
         self._register(services, Identity(driver_name, services.health, topology=topology))

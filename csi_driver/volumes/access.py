@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 
 from csi_driver.backends.base import PoolBackend
-from csi_driver.errors import FailedPrecondition
-from csi_driver.volumes.model import AccessMode, AccessType, Capability, NodePublication
+from csi_driver.errors import FailedPrecondition, InvalidArgument
+from csi_driver.volumes.model import AccessMode, AccessType, Capability, NodePublication, Ownership
 
 
 def unsupported(capability: Capability, pool: PoolBackend) -> str | None:
@@ -16,7 +16,20 @@ def unsupported(capability: Capability, pool: PoolBackend) -> str | None:
             f"volume_capability.access_mode is {capability.access_mode}: pool {pool.name} lives on one node; allowed are the SINGLE_NODE "
             "modes (ReadWriteOnce, ReadWriteOncePod); several nodes need an NFS pool, or `shared = true` on a directory that is shared"
         )
+    try:
+        pool.check_flags(capability.mount_flags, "volume_capability.mount.mount_flags")
+    except InvalidArgument as error:
+        return str(error)
     return None
+
+
+def check_ownership(wanted: Ownership, pool: PoolBackend) -> None:
+    """Raise FailedPrecondition where a class asks for an owner and the pool's server lets nobody give files away."""
+    if pool.squashed_to is not None and (wanted.uid is not None or wanted.gid is not None):
+        raise FailedPrecondition(
+            f"parameters ask for a uid or gid, but the server of pool {pool.name} squashes root to uid {pool.squashed_to}: export it to "
+            "the controller with `no_root_squash`, or ask for a `mode` only"
+        )
 
 
 def is_writer(publication: NodePublication) -> bool:

@@ -3,12 +3,15 @@
 Whoever serves them (main.py) and whoever tries them out builds them here, so that what is tested is what runs.
 """
 
+import logging
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from csi_driver.backends.base import PoolBackend
+from csi_driver.errors import TatamiError
 from csi_driver.volumes.attachments import Attachments
 from csi_driver.volumes.capacity import PoolCapacity
 from csi_driver.volumes.contents import Contents
@@ -18,6 +21,7 @@ from csi_driver.volumes.inline import InlineVolumes
 from csi_driver.volumes.jobs import Jobs
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import NodeInfo, Topology
+from csi_driver.volumes.mount_groups import MountGroups
 from csi_driver.volumes.node import Node
 from csi_driver.volumes.node_state import NodeState
 from csi_driver.volumes.nodes import Nodes
@@ -31,6 +35,11 @@ from csi_driver.volumes.snapshots import Snapshots
 from csi_driver.volumes.sources import Sources
 from csi_driver.volumes.sweeper import Sweeper
 from csi_driver.volumes.usage import UsageCounter
+
+_PREPARE_SECONDS = 10.0
+"""How long a start waits for pools behind servers; what takes longer goes on by itself."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,15 +72,41 @@ class Domain:
         """Make the pools ready to be served.
 
         Raises Unavailable where one cannot be reached or is not the one that this node knows, FailedPrecondition for a newer format.
+        A pool behind a server is another matter: whatever is wrong with it, the others are served, and it is tried again when it is
+        asked for. A node alone leaves it be: it mounts volumes, not pools.
         """
         self.state.prepare()
         known = self.state.identities()
-        self.state.remember({**known, **{store.name: store.prepare(known.get(store.name)) for store in self.pools}})
+        found = {store.name: store.prepare(known.get(store.name)) for store in self.pools if not store.backend.remote}
+        if self.services.volumes is not None:
+            found |= _prepare_remote([store for store in self.pools if store.backend.remote], known)
+        self.state.remember({**known, **found})
 
     def stop(self, timeout: float) -> None:
         """Stop jobs and the sweeper, waiting at most about `timeout` seconds; what they leave, the next start completes."""
         self.jobs.stop(timeout)
         self.sweeper.stop(timeout)
+        for store in self.pools:
+            store.backend.close()
+
+
+def _prepare_remote(stores: Sequence[PoolStore], known: Mapping[str, str]) -> dict[str, str]:
+    """Prepare pools all at once, and return the identities of those that were ready soon."""
+    found: dict[str, str] = {}
+
+    def prepare(store: PoolStore) -> None:
+        try:
+            found[store.name] = store.prepare(known.get(store.name))
+        except (TatamiError, OSError) as error:
+            _log.error("a pool cannot be served yet", extra={"pool": store.name, "error": str(error)})
+
+    threads = [threading.Thread(target=prepare, args=(store,), name=f"prepare {store.name}", daemon=True) for store in stores]
+    until = time.monotonic() + _PREPARE_SECONDS
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))
+    return dict(found)
 
 
 def assemble(installation: Installation) -> Domain:
@@ -91,9 +126,15 @@ def assemble(installation: Installation) -> Domain:
     health = Health(pools)
     state = NodeState(installation.state_directory, installation.driver)
     placements = Placements(pools, installation.node_id)
-    publisher = Publisher(pools, locks, state, placements, InlineVolumes(pools, provisioner), installation.kubelet_dir)
+    publisher = Publisher(
+        pools, locks, state, placements, InlineVolumes(pools, provisioner), MountGroups(jobs), installation.kubelet_dir
+    )
     info = NodeInfo(installation.node_id, installation.max_volumes_per_node, installation.topology)
-    nodes = Nodes(installation.node_id, only_own=any(backend.node_local for backend in installation.backends.values()))
+    nodes = Nodes(
+        installation.node_id,
+        only_own=any(backend.node_local for backend in installation.backends.values()),
+        with_address=any(backend.remote for backend in installation.backends.values()),
+    )
     controller = installation.controller
     services = Services(
         health=health,
@@ -104,5 +145,7 @@ def assemble(installation: Installation) -> Domain:
         capacity=PoolCapacity(pools) if controller else None,
         node=Node(info, pools, state, publisher, UsageCounter(jobs), health) if installation.node else None,
     )
-    sweeper = Sweeper(pools, locks, volume_removal, snapshot_removal, groups, trash_filled)
+    # A node alone does not sweep what lies behind a server: there the controller does.
+    swept = {name: store for name, store in stores.items() if controller or not store.backend.remote}
+    sweeper = Sweeper(Pools(swept, None), locks, volume_removal, snapshot_removal, groups, trash_filled)
     return Domain(services, pools, jobs, sweeper, state)

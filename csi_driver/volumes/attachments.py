@@ -11,7 +11,7 @@ from csi_driver.volumes import access
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import Capability, NodePublication, Phase, VolumeRecord
 from csi_driver.volumes.nodes import Nodes
-from csi_driver.volumes.parameters import parse_static_parameters
+from csi_driver.volumes.placement import find_static, publish_context, static_store
 from csi_driver.volumes.pools import Pools, PoolStore
 
 
@@ -34,9 +34,12 @@ class Attachments:
         """
         located = self._pools.locate(handle)
         if located is None and context:
-            static = parse_static_parameters(context)  # a static volume has no record: whoever made the PV answers for its use
+            # A static volume has no record: whoever made the PV answers for its use.
+            static = static_store(self._pools, handle, context)
             self._nodes.check(publication.node_id)
-            return {"directory": static.directory, "layout": "directory", "epoch": "0"}
+            if problem := access.unsupported(capability, static.backend):
+                raise InvalidArgument(problem)
+            return publish_context(static, find_static(static, context), None)
         store, record = self._find(located, handle)
         self._nodes.check(publication.node_id)
         if problem := access.unsupported(capability, store.backend):
@@ -53,17 +56,19 @@ class Attachments:
             if not mine:
                 access.check_compatible(handle, publication, others)
                 record = self._attach(store, record, publication)
-            return {"directory": record.directory, "layout": record.layout.value, "epoch": str(record.epoch)}
+            return publish_context(store, record.directory, record)
 
     def _attach(self, store: PoolStore, record: VolumeRecord, publication: NodePublication) -> VolumeRecord:
         attached = replace(record, published=(*record.published, publication), epoch=record.epoch + 1)
         if not self._limit:
             return store.volumes.replace(attached)
         # Counted under the node's own lock, the same for the volumes of all pools, or two could take the last place at once.
-        with self._locks.hold(next(iter(self._pools)), f"node:{publication.node_id}"):
+        # A pool whose server is away is left out of both: its volumes are not counted, and nobody else waits for them.
+        present = [pool for pool in self._pools if pool is store or pool.backend.problem() is None]
+        with self._locks.hold(present[0], f"node:{publication.node_id}"):
             used = sum(
                 any(known.node_id == publication.node_id for known in other.published)
-                for pool in self._pools
+                for pool in present
                 for other in pool.volumes.readable()
             )
             if used >= self._limit:

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from csi_driver.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, quoted
-from csi_driver.volumes.handles import GROUP, SNAPSHOT
+from csi_driver.volumes.handles import GROUP, SNAPSHOT, parse_handle
 from csi_driver.volumes.jobs import JobControl, Jobs
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import GroupRecord, GroupSnapshot, Phase, SnapshotRecord, VolumeRecord
@@ -90,8 +90,10 @@ class Groups:
     # --- create, step by step -------------------------------------------------------------------------------------------------------
 
     def _find_name(self, name: str, sources: tuple[str, ...]) -> tuple[PoolStore, GroupRecord] | None:
+        own = {handle.pool for source in sources if (handle := parse_handle(source)) is not None}
         for store in self._pools:
-            record = store.groups.get(store.id_of(GROUP, name))
+            record_id = store.id_of(GROUP, name)
+            record = store.groups.get(record_id) if store.name in own else store.glance(store.groups, record_id)
             if record is None or record.phase is Phase.DELETING:
                 continue
             _require_same(record, sources)

@@ -62,8 +62,13 @@ class Health:
         return [entry for store in self._pools for entry in pool_problems(store)]
 
     def ready(self) -> str | None:
-        """Return None where every pool can be served, else the first reason why not. Touches no volume."""
+        """Return None where every pool can be served, else the first reason why not.
+
+        Touches no volume and asks no server: the kubelet kills who is not ready, and that brings no server back.
+        """
         for store in self._pools:
+            if store.backend.remote:
+                continue
             for entry in pool_problems(store):
                 if entry.level is HealthLevel.INACCESSIBLE:
                     return entry.message
@@ -90,7 +95,13 @@ def volume_problems(store: PoolStore, record: VolumeRecord) -> list[HealthEntry]
 
 
 def pool_problems(store: PoolStore) -> list[HealthEntry]:
-    """Look at the pool: can it be reached, written to, and is there room."""
+    """Look at the pool: can it be reached, written to, and is there room. One whose way was let go, or never made, is left so."""
+    backend = store.backend
+    short = [HealthEntry(HealthLevel.DEGRADED, found.reason, found.message) for found in backend.shortcomings()]
+    if (silent := backend.problem()) is not None:
+        return [HealthEntry(HealthLevel.INACCESSIBLE, "PoolUnreachable", silent), *short]
+    if backend.dormant or (backend.remote and backend.generation == 0):
+        return short
     try:
         space = store.space()
         with store.open("volumes"):
@@ -98,7 +109,7 @@ def pool_problems(store: PoolStore) -> list[HealthEntry]:
     except (Unavailable, OSError) as error:
         message = str(error) if isinstance(error, TatamiError) else f"pool {store.name}: {error}"
         return [HealthEntry(HealthLevel.INACCESSIBLE, "PoolUnreachable", message)]
-    problems = []
+    problems = short
     if space.read_only:
         problems.append(
             HealthEntry(HealthLevel.DEGRADED, "PoolReadOnly", f"pool {store.name} is mounted read-only: nothing can be written")

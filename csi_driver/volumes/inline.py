@@ -18,7 +18,7 @@ from csi_driver.volumes.model import (
     VolumeRecord,
 )
 from csi_driver.volumes.parameters import EPHEMERAL, parse_inline_parameters
-from csi_driver.volumes.pools import Pools
+from csi_driver.volumes.pools import Pools, PoolStore
 from csi_driver.volumes.provisioner import Provisioner
 
 _MODE = 0o777
@@ -38,8 +38,8 @@ class InlineVolumes:
         self._pools = pools
         self._provisioner = provisioner
 
-    def create(self, handle: str, capability: Capability, volume_context: Mapping[str, str]) -> VolumeRecord:
-        """Make the volume, or find the one that was made. Raises InvalidArgument, ResourceExhausted."""
+    def choose_pool(self, volume_context: Mapping[str, str]) -> PoolStore:
+        """Find the pool for a pod's volume. Raises InvalidArgument."""
         parameters = parse_inline_parameters(volume_context)
         if parameters.pool is not None:
             store = self._pools.find(parameters.pool)
@@ -49,18 +49,34 @@ class InlineVolumes:
                     or "none (`inline = true` in pools.toml)"
                 )
                 raise InvalidArgument.field('volume_context["pool"]', parameters.pool, f"pools that pods may name: {allowed}")
+            return store
+        default = self._pools.find(self._pools.default) if self._pools.default is not None else None
+        if default is None:
+            raise InvalidArgument(
+                f'volume_context["pool"] is missing: there is no default pool; there are {self._pools.names()}'
+            )
+        return default
+
+    def create(self, handle: str, store: PoolStore, capability: Capability, volume_context: Mapping[str, str]) -> VolumeRecord:
+        """Make the volume in `store`, or find the one that was made. Raises InvalidArgument, ResourceExhausted."""
+        parameters = parse_inline_parameters(volume_context)
         request = CreateVolume(
             name=inline_name(handle),
             capacity=CapacityRange(required_bytes=parameters.size_bytes or DEFAULT_CAPACITY_BYTES),
             capabilities=(capability,),
-            parameters=ClassParameters(pool=parameters.pool, ownership=Ownership(mode=_MODE)),
+            parameters=ClassParameters(pool=store.name, ownership=Ownership(mode=_MODE)),
             ephemeral=True,
         )
         return self._provisioner.create(request, time.monotonic() + _SECONDS).record
 
-    def delete(self, handle: str) -> None:
-        """Remove the volume that was made for this handle, if there is one, with all that is in it."""
+    def delete(self, handle: str, pool: str | None) -> None:
+        """Remove the volume that was made for this handle, if there is one, with all that is in it.
+
+        It is in `pool`, or, if that is None, in any pool of this machine: of one behind a server the node always knows the name.
+        """
         for store in self._pools:
+            if store.name != pool if pool is not None else store.backend.remote:
+                continue
             record_id = store.id_of(VOLUME, inline_name(handle))
             if store.volumes.get(record_id) is not None:
                 self._provisioner.delete(store.handle_of(record_id))

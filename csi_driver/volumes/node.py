@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
-from csi_driver.errors import NotFound, OutOfRange, quoted
+from csi_driver.errors import NotFound, OutOfRange, Unavailable, quoted
 from csi_driver.linux.mountinfo import topmost_mount_at
 from csi_driver.volumes.handles import VOLUME
 from csi_driver.volumes.health import Health
@@ -57,12 +58,17 @@ class Node:
         """Return the usage of a volume that is mounted at `volume_path`. Raises NotFound, OperationPending while it is counted."""
         known = self._publisher.find_published(handle, volume_path)
         store, record = self._find(known)
-        return self._usage.stats(store, known.directory, record.capacity_bytes if record else None, deadline)
+        capacity = record.capacity_bytes if record else known.capacity_bytes
+        return self._usage.stats(store, known.directory, capacity, deadline, Path(os.path.normpath(volume_path)))
 
     def expand(self, handle: str, volume_path: str, capacity: CapacityRange) -> int:
         """Return the size that the volume has; a directory needs nothing on the node. Raises NotFound, OutOfRange."""
         known = self._publisher.find_published(handle, volume_path)
-        _, record = self._find(known)
+        store, record = self._find(known)
+        if store.backend.remote and known.capacity_bytes is not None:
+            # The controller has made it larger; this node knows its size from when it was staged.
+            self._publisher.grown(handle, capacity.required_bytes)
+            return max(known.capacity_bytes, capacity.required_bytes)
         size = record.capacity_bytes if record else capacity.required_bytes
         if size < capacity.required_bytes or (capacity.limit_bytes and size > capacity.limit_bytes):
             raise OutOfRange(
@@ -74,9 +80,28 @@ class Node:
         """Say what is wrong with a volume on this node. Raises NotFound."""
         known = self._state.get(handle)
         entries: Sequence[HealthEntry] = ()
-        if known is None or not (known.static or known.ephemeral):
+        store = self._pools.find(known.pool) if known is not None else None
+        if known is not None and store is not None and store.backend.remote:
+            entries = self._remote_problems(known, store)
+        elif known is None and any(store.backend.remote for store in self._pools):
+            raise NotFound(f"volume {quoted(handle)} is not on this node")
+        elif known is None or not (known.static or known.ephemeral):
             entries = self._health.volume(handle).entries
         return VolumeHealth(handle, (*entries, *self._missing_mounts(known, (publish_path, staging_path))))
+
+    @staticmethod
+    def _remote_problems(known: NodeVolumeRecord, store: PoolStore) -> list[HealthEntry]:
+        mounted = next((path for path in known.paths() if topmost_mount_at(path) is not None), None)
+        if mounted is None:
+            return []
+        try:
+            store.backend.look(Path(mounted))
+        except Unavailable as error:
+            return [HealthEntry(HealthLevel.INACCESSIBLE, "ServerNotAnswering", str(error))]
+        except OSError as error:
+            message = f"the mount of volume {quoted(known.handle)} at {mounted}: {error.strerror}"
+            return [HealthEntry(HealthLevel.INACCESSIBLE, "MountStale", message)]
+        return []
 
     def _missing_mounts(self, known: NodeVolumeRecord | None, paths: Sequence[str]) -> list[HealthEntry]:
         if known is None:
@@ -93,7 +118,7 @@ class Node:
         store = self._pools.find(known.pool)
         if store is None:
             raise NotFound(f"pool {known.pool} of volume {quoted(known.handle)} is not configured on this node")
-        if known.static:
+        if known.static or store.backend.remote:
             return store, None
         record_id = store.id_of(VOLUME, inline_name(known.handle)) if known.ephemeral else known.handle.rpartition(".")[2]
         return store, store.volumes.get(record_id)

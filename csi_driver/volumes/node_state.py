@@ -46,6 +46,14 @@ class NodeVolumeRecord:
     static: bool = False
     ephemeral: bool = False  # made for a pod, gone with it
     targets: tuple[Target, ...] = ()
+    source: str = ""  # what mountinfo calls a remote pool's directory: the pool may have moved to another server since
+    capacity_bytes: int | None = None  # of a remote pool: its records are not seen from here
+    mount_group: str = ""
+
+    @property
+    def holds_unsaved_writes(self) -> bool:
+        """Whether what is written late through the mount of a dead server could meet another node's writes."""
+        return self.access_mode.single_node and not self.access_mode.reader_only
 
     def target(self, path: str) -> Target | None:
         return next((target for target in self.targets if target.path == path), None)

@@ -2,24 +2,35 @@
 
 Three kinds of handles reach a node: ours, whose record says everything; static ones, for which an admin names an existing directory;
 and inline ones (`inline.py`). No path ever comes from anywhere else.
+
+Of a pool behind a server a node sees no records and no directories but those that it is to mount. There the controller has looked,
+and what it found comes with the call (publish_context), to be parsed once more as if it came from a stranger.
 """
 
+import errno
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from csi_driver.errors import FailedPrecondition, InvalidArgument, NotFound, quoted
 from csi_driver.volumes import access
-from csi_driver.volumes.model import Capability, Phase, VolumeRecord
+from csi_driver.volumes.model import Capability, Layout, Phase, VolumeRecord
 from csi_driver.volumes.parameters import check_directory, parse_static_parameters
 from csi_driver.volumes.pools import Pools, PoolStore
+
+_NUMBER = re.compile(r"[0-9]{1,18}", re.ASCII)
+_ELSEWHERE = frozenset({errno.ELOOP, errno.EXDEV, errno.ENOTDIR})
+"""What open_beneath says where a symlink leads elsewhere, or a mount is another filesystem."""
 
 
 @dataclass(frozen=True)
 class Placement:
+    """Where a volume lies. `capacity_bytes` None: nobody ever said how large it is."""
+
     store: PoolStore
     directory: str
-    record: VolumeRecord | None  # None: static
+    static: bool
+    capacity_bytes: int | None
 
 
 class Placements:
@@ -37,9 +48,13 @@ class Placements:
         Raises NotFound, InvalidArgument, FailedPrecondition.
         """
         located = self._pools.locate(handle)
-        placement = (
-            self._static(handle, volume_context) if located is None else self._recorded(handle, *located, publish_context)
-        )
+        store = static_store(self._pools, handle, volume_context) if located is None else located[0]
+        if store.backend.remote:
+            placement = _told(store, handle, publish_context, static=located is None)
+        elif located is None:
+            placement = Placement(store, find_static(store, volume_context), static=True, capacity_bytes=None)
+        else:
+            placement = self._recorded(handle, *located, publish_context)
         if problem := access.unsupported(capability, placement.store.backend):
             raise InvalidArgument(problem)
         return placement
@@ -52,46 +67,94 @@ class Placements:
             _check_publish_context(record, publish_context)
             if not any(publication.node_id == self._node_id for publication in record.published):
                 raise FailedPrecondition(f"volume {quoted(handle)} is not published to this node ({self._node_id})")
-        return Placement(store, record.directory, record)
+        return Placement(store, record.directory, static=False, capacity_bytes=record.capacity_bytes)
 
-    def _static(self, handle: str, volume_context: Mapping[str, str]) -> Placement:
-        if not volume_context:
-            raise NotFound(
-                f"volume {quoted(handle)} does not exist: it is no handle of this driver, and no volume_context says where it lies"
-            )
-        static = parse_static_parameters(volume_context)
-        store = self._pools.find(static.pool)
-        if store is None:
+
+def static_store(pools: Pools, handle: str, volume_context: Mapping[str, str]) -> PoolStore:
+    """Find the pool that a static volume's context names. Raises NotFound where there is no context, InvalidArgument."""
+    if not volume_context:
+        raise NotFound(
+            f"volume {quoted(handle)} does not exist: it is no handle of this driver, and no volume_context says where it lies"
+        )
+    static = parse_static_parameters(volume_context)
+    store = pools.find(static.pool)
+    if store is None:
+        raise InvalidArgument.field('volume_context["pool"]', static.pool, f"no such pool; allowed are {pools.names()}")
+    return store
+
+
+def find_static(store: PoolStore, volume_context: Mapping[str, str]) -> str:
+    """Find the directory of a static volume in its pool, which must be nobody else's.
+
+    Raises NotFound, InvalidArgument for one that overlaps a volume of ours or is reached through a symlink or a mount.
+    """
+    directory = parse_static_parameters(volume_context).directory
+    for record in store.volumes.readable():
+        if _overlap(record.directory, directory):
             raise InvalidArgument.field(
-                'volume_context["pool"]', static.pool, f"no such pool; allowed are {self._pools.names()}"
+                'volume_context["directory"]', directory, f"it overlaps volume {record.handle} ({record.directory})"
             )
-        for record in store.volumes.readable():
-            if _overlap(record.directory, static.directory):
-                raise InvalidArgument.field(
-                    'volume_context["directory"]', static.directory, f"it overlaps volume {record.handle} ({record.directory})"
-                )
-        try:
-            with store.open_volume(static.directory):
-                return Placement(store, static.directory, None)
-        except OSError as error:  # a symlink leads elsewhere, a mount is another filesystem (open_beneath)
-            raise InvalidArgument.field(
-                'volume_context["directory"]',
-                static.directory,
-                f"a directory of pool {store.name} itself, reached without symlinks and mounts ({error.strerror})",
-            ) from error
+    try:
+        with store.open_volume(directory):
+            return directory
+    except OSError as error:
+        if error.errno not in _ELSEWHERE:
+            raise
+        raise InvalidArgument.field(
+            'volume_context["directory"]',
+            directory,
+            f"a directory of pool {store.name} itself, reached without symlinks and mounts ({error.strerror})",
+        ) from error
+
+
+def publish_context(store: PoolStore, directory: str, record: VolumeRecord | None) -> dict[str, str]:
+    """Say to a node where a volume lies (None: a static one); `_told` reads it."""
+    context = {"directory": directory, "layout": Layout.DIRECTORY.value, "epoch": "0"}
+    if record is not None:
+        context |= {"layout": record.layout.value, "epoch": str(record.epoch)}
+    if store.backend.remote:
+        context["pool"] = store.name
+        if record is not None:
+            context["capacity"] = str(record.capacity_bytes)
+    return context
+
+
+def _told(store: PoolStore, handle: str, context: Mapping[str, str], *, static: bool) -> Placement:
+    """Take a volume's place from what ControllerPublishVolume returned, and from nothing else."""
+    if not context:
+        raise FailedPrecondition(
+            f"volume {quoted(handle)} is not published to this node: publish_context is missing; the CSIDriver object of an NFS pool needs "
+            "`attachRequired: true`, and the controller an external-attacher"
+        )
+    directory = _parse_publish_context(context)
+    if context.get("pool") != store.name:
+        raise InvalidArgument.field('publish_context["pool"]', context.get("pool", ""), f"the volume's pool is {store.name}")
+    if context["layout"] != Layout.DIRECTORY:
+        raise InvalidArgument.field('publish_context["layout"]', context["layout"], f"this driver knows {', '.join(Layout)}")
+    capacity = context.get("capacity")
+    if capacity is not None and not _NUMBER.fullmatch(capacity):
+        raise InvalidArgument.field('publish_context["capacity"]', capacity, "a number of bytes")
+    return Placement(store, directory, static=static, capacity_bytes=int(capacity) if capacity else None)
 
 
 def _check_publish_context(record: VolumeRecord, context: Mapping[str, str]) -> None:
-    for key in ("directory", "layout", "epoch"):
-        if key not in context:
-            raise InvalidArgument(f'publish_context["{key}"] is missing: it must be what ControllerPublishVolume returned')
-    directory = check_directory(context["directory"], 'publish_context["directory"]')
+    directory = _parse_publish_context(context)
     if directory != record.directory or context["layout"] != record.layout:
         raise FailedPrecondition(
             f"publish_context names {directory} ({context['layout']}), the record {record.directory} ({record.layout})"
         )
-    if not re.fullmatch(r"[0-9]{1,18}", context["epoch"], re.ASCII) or int(context["epoch"]) > record.epoch:
+    if int(context["epoch"]) > record.epoch:
         raise InvalidArgument.field('publish_context["epoch"]', context["epoch"], f"a number up to {record.epoch}")
+
+
+def _parse_publish_context(context: Mapping[str, str]) -> str:
+    """Return the directory that the context names, once all of it is what it must be."""
+    for key in ("directory", "layout", "epoch"):
+        if key not in context:
+            raise InvalidArgument(f'publish_context["{key}"] is missing: it must be what ControllerPublishVolume returned')
+    if not _NUMBER.fullmatch(context["epoch"]):
+        raise InvalidArgument.field('publish_context["epoch"]', context["epoch"], "a number")
+    return check_directory(context["directory"], 'publish_context["directory"]')
 
 
 def _overlap(one: str, other: str) -> bool:

@@ -12,7 +12,9 @@
   <directory of a volume>
 """
 
+import errno
 import json
+import logging
 import os
 import secrets
 import stat
@@ -20,8 +22,10 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from csi_driver.backends.base import PoolBackend, Space
+from csi_driver.backends.impatience import Impatience
 from csi_driver.errors import FailedPrecondition, NotFound, RecordDamaged, ResourceExhausted, Unavailable, quoted
 from csi_driver.linux import files
 from csi_driver.linux.byte_range_locks import ByteRangeLocks, HeldLock
@@ -39,7 +43,14 @@ _FOLDERS = (VOLUMES, SNAPSHOTS, GROUPS, RETAINED, ARCHIVED, SNAPSHOT_DATA, STAGI
 ARCHIVE_DIRECTORY = "archived"
 """Where, beside the volumes, the data of `onDelete: archive` goes."""
 
+_GLANCE_SECONDS = 2.0
+_GLANCES_AT_ONCE = 32
+
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+_log = logging.getLogger(__name__)
+
+_Record = TypeVar("_Record", VolumeRecord, SnapshotRecord, GroupRecord)
 
 
 def new_token() -> str:
@@ -54,6 +65,10 @@ class PoolStore:
         self.backend = backend
         self._trash_filled = trash_filled
         self.driver = driver
+        self._glances = Impatience(_GLANCE_SECONDS, _GLANCES_AT_ONCE)
+        self._preparing = threading.Lock()
+        self._prepared_generation: int | None = None
+        self._identity: str | None = None
         self.node_tag = node_tag(node_id) if backend.node_local else None
         self.volumes = RecordFolder(VolumeRecord, f"{self.name}:{CONTROL}/{VOLUMES}", lambda: self.open(VOLUMES))
         self.snapshots = RecordFolder(SnapshotRecord, f"{self.name}:{CONTROL}/{SNAPSHOTS}", lambda: self.open(SNAPSHOTS))
@@ -66,7 +81,15 @@ class PoolStore:
     def try_hold(self, offset: int, *, shared: bool) -> HeldLock | None:
         """Take one byte of the pool's lock file, against every other process that serves the pool; None where it is taken."""
         with self.open("") as control:
-            return ByteRangeLocks(control, "lock").try_hold(offset, shared=shared)
+            try:
+                return ByteRangeLocks(control, "lock").try_hold(offset, shared=shared)
+            except OSError as error:
+                if error.errno != errno.ENOLCK:
+                    raise
+                raise Unavailable(
+                    f"pool {self.name}: its server keeps no locks (ENOLCK), and without them two controllers could work on one volume: "
+                    "run a lock manager beside NFSv3, use `vers=4.2`, or, with one controller only, give the pool `nolock`"
+                ) from error
 
     def prepare(self, expected_identity: str | None = None) -> str:
         """Make `.csi` where there is none, check the format, and return the pool's identity.
@@ -75,14 +98,36 @@ class PoolStore:
         mounted, and volumes must not be made below its mount point. Raises Unavailable then, and FailedPrecondition for a
         format that a newer driver wrote, or another driver's or pool's place.
         """
-        self.backend.prepare()
-        try:
-            return self._prepare(expected_identity)
-        except OSError as error:
-            raise Unavailable(f"pool {self.name} at {self.backend.root()} cannot be prepared: {error}") from error
+        with self._preparing:
+            self._identity = expected_identity or self._identity
+            return self._prepare()
 
-    def _prepare(self, expected_identity: str | None) -> str:
+    def _root(self) -> Path:
+        """Return where the pool lies, looked at again where the way to it was made anew: it might lead elsewhere."""
         root = self.backend.root()
+        if self.backend.remote and self.backend.generation != self._prepared_generation:
+            with self._preparing:
+                if self.backend.generation != self._prepared_generation:
+                    self._prepare()
+        return root
+
+    def _prepare(self) -> str:
+        self.backend.prepare()
+        root, generation = self.backend.root(), self.backend.generation
+        try:
+            self._identity = self._make_control(root, self._identity)
+        except OSError as error:
+            refused = self.backend.remote and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+            hint = (
+                "; export it to the controller with `rw,no_root_squash`, or let the squashed user write there"
+                if refused
+                else ""
+            )
+            raise Unavailable(f"pool {self.name} at {root} cannot be prepared: {error}{hint}") from error
+        self._prepared_generation = generation
+        return self._identity
+
+    def _make_control(self, root: Path, expected_identity: str | None) -> str:
         control = root / CONTROL
         identity = self._read_identity(control)
         if expected_identity is not None and identity != expected_identity:
@@ -93,7 +138,7 @@ class PoolStore:
             )
         control.mkdir(mode=0o700, exist_ok=True)
         status = control.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (os.geteuid(), self.backend.owner(control)):
             raise FailedPrecondition(f"{control} must be a directory that belongs to the user the driver runs as")
         if stat.S_IMODE(status.st_mode) != 0o700:
             control.chmod(0o700)
@@ -146,11 +191,10 @@ class PoolStore:
     @contextmanager
     def open(self, folder: str) -> Iterator[int]:
         """Open a folder of `.csi`; Unavailable where it is not there: then the pool is not what it was, or not mounted."""
-        path = f"{self.backend.root()}/{CONTROL}/{folder}"
         try:
-            descriptor = os.open(path, _DIRECTORY)
+            descriptor = self._open(f"{CONTROL}/{folder}")
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise Unavailable(f"pool {self.name} has no {path}: is its disk mounted?") from error
+            raise Unavailable(f"pool {self.name} has no {self._root()}/{CONTROL}/{folder}: is its disk mounted?") from error
         try:
             yield descriptor
         finally:
@@ -159,8 +203,21 @@ class PoolStore:
     @contextmanager
     def open_root(self) -> Iterator[int]:
         """Open the pool's root."""
-        with _opened(str(self.backend.root())) as descriptor:
+        descriptor = self._open("")
+        try:
             yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _open(self, place: str) -> int:
+        """Open a directory of the pool; what is stale is tried once more, on a way that was made anew."""
+        try:
+            return os.open(f"{self._root()}/{place}", _DIRECTORY)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+        self.backend.renew()
+        return os.open(f"{self._root()}/{place}", _DIRECTORY)
 
     @contextmanager
     def open_parent(self, directory: str) -> Iterator[tuple[int, str]]:
@@ -190,11 +247,24 @@ class PoolStore:
             os.close(descriptor)
 
     def path_of(self, directory: str) -> Path:
-        """Say where a volume's directory lies, for people."""
-        return self.backend.root() / directory
+        """Say where this process finds a volume's directory. Raises Unavailable."""
+        return self._root() / directory
 
     def space(self) -> Space:
         return self.backend.space()
+
+    def glance(self, records: RecordFolder[_Record], record_id: str) -> _Record | None:
+        """Read a record for a call that is about another pool: None also where this one does not answer soon.
+
+        A server that is away must not keep others from being served. Raises RecordDamaged.
+        """
+        if not self.backend.remote:
+            return records.get(record_id)
+        try:
+            return self._glances.ask(lambda: records.get(record_id))
+        except (Unavailable, OSError) as away:
+            _log.warning("a pool was not looked into", extra={"pool": self.name, "error": str(away)})
+            return None
 
     # --- trash --------------------------------------------------------------------------------------------------------------------
 

@@ -84,6 +84,7 @@ class Provisioner:
         for capability in request.capabilities:
             if problem := access.unsupported(capability, store.backend):
                 raise InvalidArgument(problem)
+        access.check_ownership(request.parameters.ownership, store.backend)
         if not store.reachable_from(request.requisite):
             raise ResourceExhausted(f"pool {store.name} can only be reached from {dict(store.backend.topology() or {})}")
         return store
@@ -91,7 +92,7 @@ class Provisioner:
     def _find(self, store: PoolStore, record_id: str, request: CreateVolume) -> VolumeRecord | None:
         """Find the record that the name has, in whatever pool; raise AlreadyExists if it is not what is asked for."""
         for other in self._pools:
-            taken = other.volumes.get(other.id_of(VOLUME, request.name)) if other is not store else None
+            taken = other.glance(other.volumes, other.id_of(VOLUME, request.name)) if other is not store else None
             if taken is not None and taken.phase is not Phase.DELETING:
                 raise _exists_elsewhere(taken)
         record = store.volumes.get(record_id)

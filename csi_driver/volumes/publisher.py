@@ -4,30 +4,40 @@ Pods must never write into a directory whose mount is missing, so every step che
 an empty directory with our mount on it. What is not ours, files or mounts, is left as it is.
 """
 
+import errno
 import logging
 import os
-import stat
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
-from csi_driver.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, quoted
+from csi_driver.errors import (
+    AlreadyExists,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    OperationPending,
+    Unavailable,
+    quoted,
+)
 from csi_driver.linux import mounts
-from csi_driver.linux.mountinfo import Mount, topmost_mount_at
-from csi_driver.linux.mounts import parse_bind_flags
+from csi_driver.linux.mountinfo import topmost_mount_at
 from csi_driver.volumes.handles import parse_handle
 from csi_driver.volumes.inline import InlineVolumes, is_inline
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import AccessMode, Capability, PublishVolume, StageVolume
+from csi_driver.volumes.mount_groups import MountGroups
+from csi_driver.volumes.mount_points import MountPoints, foreign, make_empty_directory, remove_empty_directory
 from csi_driver.volumes.node_state import NodeState, NodeVolumeRecord, Target
 from csi_driver.volumes.placement import Placement, Placements
-from csi_driver.volumes.pools import Pools, new_token
+from csi_driver.volumes.pools import Pools, PoolStore, new_token
 
 _log = logging.getLogger(__name__)
 
 _UNMOUNT_SECONDS = 10.0
-_TARGET_MODE = 0o750
-_PATH_MAX, _NAME_MAX = 4096, 255  # limits.h
+_FLUSH_SECONDS = 45.0
 
 
 class Publisher:
@@ -40,6 +50,7 @@ class Publisher:
         state: NodeState,
         placements: Placements,
         inline: InlineVolumes,
+        groups: MountGroups,
         kubelet_dir: Path,
     ) -> None:
         self._pools = pools
@@ -47,7 +58,8 @@ class Publisher:
         self._state = state
         self._placements = placements
         self._inline = inline
-        self._kubelet_dir = kubelet_dir
+        self._groups = groups
+        self._places = MountPoints(kubelet_dir, self._own_places)
 
     # --- stage --------------------------------------------------------------------------------------------------------------------
 
@@ -56,47 +68,85 @@ class Publisher:
 
         Raises NotFound, InvalidArgument, AlreadyExists (staged otherwise, or a foreign mount), FailedPrecondition (foreign files).
         """
-        staging = self._below_kubelet("staging_target_path", request.staging_path)
-        attributes = parse_bind_flags(request.capability.mount_flags, "volume_capability.mount.mount_flags")
-        attributes = replace(attributes, read_only=attributes.read_only or request.capability.access_mode.reader_only)
+        staging = self._places.check("staging_target_path", request.staging_path)
         with self._lock(request.volume_handle):
             place = self._placements.find(
                 request.volume_handle, request.capability, request.publish_context, request.volume_context
             )
             known = self._state.get(request.volume_handle)
-            mounted = topmost_mount_at(staging)
             if known is not None and self._is_staged(known, place):
                 _require_same_staging(known, request)
-                return
-            if mounted is not None:
-                raise _foreign("staging_target_path", staging, mounted)
-            _make_empty_directory("staging_target_path", staging)
-            record = NodeVolumeRecord(
-                id=self._state.id_of(request.volume_handle),
-                token=new_token(),
-                handle=request.volume_handle,
-                pool=place.store.name,
-                directory=place.directory,
-                access_mode=request.capability.access_mode,
-                staging_path=str(staging),
-                mount_flags=request.capability.mount_flags,
-                static=place.record is None,
-                targets=known.targets if known else (),
-            )
-            self._state.volumes.replace(record)
-            place.store.backend.stage(place.directory, staging, attributes)
+                if self._is_stale(place.store, staging):
+                    self._detach(request.volume_handle, staging)
+                    known = self._mount(request, place, known, staging)
+            else:
+                known = self._mount(request, place, known, staging)
+            self._give_group(known, place.store, staging, request.capability)
+
+    def _mount(self, request: StageVolume, place: Placement, known: NodeVolumeRecord | None, staging: Path) -> NodeVolumeRecord:
+        backend, capability = place.store.backend, request.capability
+        if known is None and backend.remote and backend.is_staged(place.directory, staging):
+            self._detach(request.volume_handle, staging)  # this node's record of it is lost, and with it how it was mounted
+        if (mounted := topmost_mount_at(staging)) is not None:
+            raise foreign("staging_target_path", staging, mounted)
+        make_empty_directory("staging_target_path", staging)
+        record = NodeVolumeRecord(
+            id=self._state.id_of(request.volume_handle),
+            token=new_token(),
+            handle=request.volume_handle,
+            pool=place.store.name,
+            directory=place.directory,
+            access_mode=capability.access_mode,
+            staging_path=str(staging),
+            mount_flags=capability.mount_flags,
+            static=place.static,
+            targets=known.targets if known else (),
+            source=backend.source_of(place.directory),
+            capacity_bytes=place.capacity_bytes if backend.remote else None,
+        )
+        self._state.volumes.replace(record)
+        backend.stage(place.directory, staging, capability.mount_flags, read_only=capability.access_mode.reader_only)
+        mounted = topmost_mount_at(staging)
+        if record.source and mounted is not None and mounted.source != record.source:
+            # The kernel writes some names in another way.
+            record = self._state.volumes.replace(replace(record, source=mounted.source))
+        return record
+
+    def _is_stale(self, store: PoolStore, staging: Path) -> bool:
+        """Tell whether a mount shows what is no more; Unavailable where its server does not answer at all."""
+        if not store.backend.remote:
+            return False
+        try:
+            store.backend.look(staging)
+        except OSError as error:
+            if error.errno not in (errno.ESTALE, errno.EIO, errno.ENOENT):
+                raise
+            return True
+        return False
+
+    def _give_group(self, known: NodeVolumeRecord, store: PoolStore, mounted: Path, capability: Capability) -> None:
+        group = capability.mount_group
+        if not group or group == known.mount_group or mounts.mount_is_read_only(mounted):
+            return
+        self._groups.give(known.handle, store.backend, mounted, group)
+        self._state.volumes.replace(replace(self._state.get(known.handle) or known, mount_group=group))
 
     def unstage(self, handle: str, staging_path: str) -> None:
         """Unmount the staging path; one that is not staged is unstaged already.
 
-        Raises FailedPrecondition while the volume is published, or where something foreign is mounted.
+        Raises FailedPrecondition while the volume is published, or where something foreign is mounted; Unavailable while a volume
+        that one node at a time may write has writes here that its server did not take: they must not come late.
         """
-        staging = self._below_kubelet("staging_target_path", staging_path)
+        staging = self._places.check("staging_target_path", staging_path)
         with self._lock(handle):
             known = self._state.get(handle)
             if known and (published := [target.path for target in known.targets if topmost_mount_at(target.path)]):
                 raise FailedPrecondition(f"volume {quoted(handle)} is still published at {published[0]}: unpublish it first")
-            self._unmount(known, handle, staging)
+            self._groups.stop(handle)
+            if known is not None and known.source and known.holds_unsaved_writes:
+                self._unmount_clean(known, staging)
+            else:
+                self._unmount(known, handle, staging)
             if known is not None and known.staging_path == str(staging):
                 self._state.volumes.remove(known.id)
 
@@ -107,7 +157,7 @@ class Publisher:
 
         Raises NotFound, InvalidArgument, FailedPrecondition (not staged, foreign files, single writer), AlreadyExists (another mount).
         """
-        target = self._below_kubelet("target_path", request.target_path)
+        target = self._places.check("target_path", request.target_path)
         with self._lock(request.volume_handle):
             if is_inline(request.volume_context):
                 self._publish_inline(request, target)
@@ -117,7 +167,7 @@ class Publisher:
     def _publish_staged(self, request: PublishVolume, target: Path) -> None:
         if not request.staging_path:
             raise InvalidArgument("staging_target_path is missing: volumes of this driver are staged before they are published")
-        staging = self._below_kubelet("staging_target_path", request.staging_path)
+        staging = self._places.check("staging_target_path", request.staging_path)
         place = self._placements.find(
             request.volume_handle, request.capability, request.publish_context, request.volume_context
         )
@@ -134,49 +184,59 @@ class Publisher:
             raise AlreadyExists(
                 f"volume {quoted(request.volume_handle)} is no inline volume: it is staged at {known.staging_path}"
             )
-        # Cut off between the volume and the node's record of it, Unpublish finds the volume by the handle.
-        record = self._inline.create(request.volume_handle, request.capability, request.volume_context)
-        store = self._pools.find(record.pool)
-        assert store is not None
-        known = known or self._state.volumes.replace(
-            NodeVolumeRecord(
-                id=self._state.id_of(request.volume_handle),
-                token=new_token(),
-                handle=request.volume_handle,
-                pool=record.pool,
-                directory=record.directory,
-                access_mode=request.capability.access_mode,
-                ephemeral=True,
-            )
+        store = self._inline.choose_pool(request.volume_context)
+        wanted = NodeVolumeRecord(
+            id=self._state.id_of(request.volume_handle),
+            token=new_token(),
+            handle=request.volume_handle,
+            pool=store.name,
+            directory="",
+            access_mode=request.capability.access_mode,
+            ephemeral=True,
         )
-        self._bind(known, Placement(store, record.directory, record), store.path_of(record.directory), target, request)
+        if store.backend.remote:
+            # Before the volume: Unpublish must know in which pool to look for it, when others' servers are away.
+            known = known or self._state.volumes.replace(wanted)
+        # Cut off between the volume and the node's record of it, Unpublish finds the volume by the handle.
+        record = self._inline.create(request.volume_handle, store, request.capability, request.volume_context)
+        source = store.backend.source_of(record.directory)
+        if known is None or known.directory != record.directory:
+            known = self._state.volumes.replace(replace(known or wanted, directory=record.directory, source=source))
+        place = Placement(store, record.directory, static=False, capacity_bytes=record.capacity_bytes)
+        self._bind(known, place, None, target, request)
 
-    def _bind(self, known: NodeVolumeRecord, place: Placement, source: Path, target: Path, request: PublishVolume) -> None:
-        attributes = parse_bind_flags(request.capability.mount_flags, "volume_capability.mount.mount_flags")
-        readonly = request.readonly or attributes.read_only or request.capability.access_mode.reader_only
-        wanted = Target(str(target), readonly, request.capability.mount_flags)
+    def _bind(
+        self, known: NodeVolumeRecord, place: Placement, staging: Path | None, target: Path, request: PublishVolume
+    ) -> None:
+        """Show what is staged, or, of an inline volume, what lies in the pool."""
+        backend, capability = place.store.backend, request.capability
+        readonly = request.readonly or "ro" in capability.mount_flags or capability.access_mode.reader_only
+        wanted = Target(str(target), readonly, capability.mount_flags)
         mounted = topmost_mount_at(target)
         if mounted is not None:
-            if not place.store.backend.is_staged(place.directory, target):
-                raise _foreign("target_path", target, mounted)
+            if not backend.is_staged(place.directory, target, known.source):
+                raise foreign("target_path", target, mounted)
             if known.target(str(target)) != wanted:
                 raise AlreadyExists(
                     f"{target} already shows volume {quoted(known.handle)}, but not with readonly {readonly} and these mount flags"
                 )
             return
-        self._check_single_writer(known, target, request.capability)
-        _make_empty_directory("target_path", target)
+        self._check_single_writer(known, target, capability)
+        make_empty_directory("target_path", target)
+        if staging is not None:
+            self._give_group(known, place.store, staging, capability)
+            known = self._state.get(known.handle) or known
         others = tuple(other for other in known.targets if other.path != str(target))
         self._state.volumes.replace(replace(known, targets=(*others, wanted)))
-        descriptor = os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            mounts.bind(descriptor, target, replace(attributes, read_only=readonly))
-        finally:
-            os.close(descriptor)
-        if not place.store.backend.is_staged(place.directory, target):
+        if staging is None:
+            backend.stage(place.directory, target, capability.mount_flags, read_only=readonly)
+            self._give_group(known, place.store, target, capability)
+        else:
+            backend.publish(staging, target, capability.mount_flags, read_only=readonly)
+        if not backend.is_staged(place.directory, target, known.source):
             mounts.unmount_all(target, _UNMOUNT_SECONDS)
             raise FailedPrecondition(
-                f"{source} is not the directory of volume {quoted(known.handle)}; nothing was left mounted at {target}"
+                f"{staging or place.directory} is not the directory of volume {quoted(known.handle)}; nothing was left mounted at {target}"
             )
 
     def _check_single_writer(self, known: NodeVolumeRecord, target: Path, capability: Capability) -> None:
@@ -193,21 +253,65 @@ class Publisher:
 
         Raises FailedPrecondition where something foreign is mounted. Files in an unmounted target are left as they are.
         """
-        target = self._below_kubelet("target_path", target_path)
+        target = self._places.check("target_path", target_path)
         with self._lock(handle):
             known = self._state.get(handle)
             self._unmount(known, handle, target)
-            _remove_empty_directory(target)
+            remove_empty_directory(target)
             if known is None:
                 if parse_handle(handle) is None:  # ours are no inline volumes, and their pool need not be there
-                    self._inline.delete(handle)  # cut off between making it and writing it down
+                    self._inline.delete(handle, None)  # cut off between making it and writing it down
                 return
             left = replace(known, targets=tuple(other for other in known.targets if other.path != str(target)))
-            if left.ephemeral and not left.targets:
-                self._inline.delete(handle)
-                self._state.volumes.remove(known.id)
-            elif left != known:
+            if left != known:
                 self._state.volumes.replace(left)
+        if left.ephemeral:
+            self._remove_inline_leftovers()
+
+    def _remove_inline_leftovers(self) -> None:
+        """Delete the volumes of pods that are gone. One whose server is away is left for the next time: its pod need not wait."""
+        for record in list(self._state.volumes.readable()):
+            if not record.ephemeral or record.targets:
+                continue
+            try:
+                with self._lock(record.handle):
+                    current = self._state.get(record.handle)
+                    if current is not None and current.ephemeral and not current.targets:
+                        self._inline.delete(record.handle, record.pool)
+                        self._state.volumes.remove(record.id)
+            except OperationPending:
+                continue  # it is just being made, or deleted by another
+            except (Unavailable, OSError) as error:
+                store = self._pools.find(record.pool)
+                if store is not None and not store.backend.remote:
+                    raise
+                _log.warning("an inline volume cannot be deleted yet", extra={"volume": record.handle, "error": str(error)})
+
+    def _unmount_clean(self, known: NodeVolumeRecord, staging: Path) -> None:
+        """Unmount what one node at a time may write, once all that was written is with its server. Raises Unavailable."""
+        if topmost_mount_at(staging) is None:
+            return
+        late = f"volume {quoted(known.handle)} stays mounted at {staging}, so that what was written here cannot meet another node's writes"
+        store = self._pools.find(known.pool)
+        try:
+            if store is not None:
+                store.backend.flush(staging, _FLUSH_SECONDS)
+        except Unavailable as error:
+            raise Unavailable(f"the server of {known.source} does not answer; {late}; try again when it does") from error
+        except OSError as error:
+            # The server said no, so nothing will be written late.
+            _log.error("writes are lost", extra={"volume": known.handle, "error": error.strerror})
+        try:
+            while topmost_mount_at(staging) is not None:
+                mounts.unmount(staging, timeout=_UNMOUNT_SECONDS)
+        except (OSError, DeadlineExceeded) as error:
+            raise Unavailable(f"{staging} cannot be unmounted ({error}); {late}") from error
+
+    def _detach(self, handle: str, path: Path) -> None:
+        if mounts.unmount_all(path, _UNMOUNT_SECONDS):
+            _log.warning(
+                "a busy mount was detached: it goes when its last user does", extra={"path": str(path), "volume": handle}
+            )
 
     def _unmount(self, known: NodeVolumeRecord | None, handle: str, path: Path) -> None:
         mounted = topmost_mount_at(path)
@@ -217,19 +321,21 @@ class Publisher:
             raise FailedPrecondition(
                 f"{path} has a mount that is not volume {quoted(handle)}: {mounted.source}; it is left as it is"
             )
-        if mounts.unmount_all(path, _UNMOUNT_SECONDS):
-            _log.warning(
-                "a busy mount was detached: it goes when its last user does", extra={"path": str(path), "volume": handle}
-            )
+        self._detach(handle, path)
 
     def _is_ours(self, known: NodeVolumeRecord | None, handle: str, target: Path) -> bool:
         if known is not None and str(target) in known.paths():
             return True
         if known is not None and (store := self._pools.find(known.pool)):
-            return store.backend.is_staged(known.directory, target)
+            return store.backend.is_staged(known.directory, target, known.source)
+        # This node knows nothing of it. Of a remote pool it can be anything that the pool holds: no record can be asked.
+        if any(target in store.backend.mounts_of("") for store in self._pools if store.backend.remote):
+            return True
         located = self._pools.locate(handle)
-        record = located[0].volumes.get(located[1]) if located else None
-        return located is not None and record is not None and located[0].backend.is_staged(record.directory, target)
+        if located is None or located[0].backend.remote:
+            return False
+        record = located[0].volumes.get(located[1])
+        return record is not None and located[0].backend.is_staged(record.directory, target)
 
     # --- what is where --------------------------------------------------------------------------------------------------------------
 
@@ -244,27 +350,21 @@ class Publisher:
         return (
             bool(known.staging_path)
             and (known.pool, known.directory) == (place.store.name, place.directory)
-            and place.store.backend.is_staged(known.directory, Path(known.staging_path))
+            and place.store.backend.is_staged(known.directory, Path(known.staging_path), known.source)
         )
+
+    def grown(self, handle: str, size_bytes: int) -> None:
+        """Remember that a volume of a remote pool has been made larger."""
+        with self._lock(handle):
+            known = self._state.get(handle)
+            if known is not None and known.capacity_bytes is not None and known.capacity_bytes < size_bytes:
+                self._state.volumes.replace(replace(known, capacity_bytes=size_bytes))
+
+    def _own_places(self) -> Iterable[Path]:
+        return (self._state.directory, *(store.backend.root() for store in self._pools if store.backend.node_local))
 
     def _lock(self, handle: str) -> AbstractContextManager[None]:
         return self._locks.hold(self._state, f"volume {quoted(handle)}")
-
-    def _below_kubelet(self, field: str, path: str) -> Path:
-        normal = Path(os.path.normpath(path))
-        ours = (self._state.directory, *(store.backend.root() for store in self._pools if store.backend.node_local))
-        if not normal.is_relative_to(self._kubelet_dir) or normal == self._kubelet_dir or any(map(normal.is_relative_to, ours)):
-            raise InvalidArgument.field(
-                field,
-                path,
-                f"a path below the kubelet's directory {self._kubelet_dir} (--kubelet-dir), outside the driver's own directories",
-            )
-        encoded = os.fsencode(normal)
-        if b"\0" in encoded or len(encoded) >= _PATH_MAX or any(len(part) > _NAME_MAX for part in encoded.split(b"/")):
-            raise InvalidArgument.field(
-                field, path, f"a path without NUL, of less than {_PATH_MAX} bytes, {_NAME_MAX} in each component"
-            )
-        return normal
 
 
 def _require_same_staging(known: NodeVolumeRecord, request: StageVolume) -> None:
@@ -273,37 +373,3 @@ def _require_same_staging(known: NodeVolumeRecord, request: StageVolume) -> None
         raise AlreadyExists(
             f"volume {quoted(known.handle)} is staged at {known.staging_path} with {known.access_mode} and flags {list(known.mount_flags)}"
         )
-
-
-def _foreign(field: str, path: Path, mounted: Mount) -> AlreadyExists:
-    return AlreadyExists(
-        f"{field} {path} has another mount on it: {mounted.root} of {mounted.source} ({mounted.fs_type}); it is left as it is"
-    )
-
-
-def _make_empty_directory(field: str, path: Path) -> None:
-    """Make `path` (its parent exists) or find it there, empty. Raises FailedPrecondition for anything else."""
-    try:
-        path.mkdir(mode=_TARGET_MODE)
-    except FileExistsError:
-        pass
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise FailedPrecondition(
-            f"{field} {path}: its parent directory does not exist; the container orchestrator makes it"
-        ) from error
-    else:
-        return
-    if not stat.S_ISDIR(path.lstat().st_mode):
-        raise FailedPrecondition(f"{field} {path} exists and is no directory; it is left as it is")
-    with os.scandir(path) as entries:
-        if next(entries, None) is not None:
-            raise FailedPrecondition(
-                f"{field} {path} is not empty: a mount would hide the files in it; they are left as they are"
-            )
-
-
-def _remove_empty_directory(path: Path) -> None:
-    try:
-        path.rmdir()
-    except OSError:
-        return  # gone, or it holds what is not ours: never a recursive removal; the kubelet names what it finds

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from csi_driver.errors import AlreadyExists, InvalidArgument, NotFound, RecordDamaged, ResourceExhausted, quoted
 from csi_driver.volumes.contents import Contents
-from csi_driver.volumes.handles import SNAPSHOT
+from csi_driver.volumes.handles import SNAPSHOT, parse_handle
 from csi_driver.volumes.jobs import JobControl, Jobs
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import (
@@ -73,8 +73,10 @@ class Snapshots:
         return made
 
     def _find_name(self, name: str, source_handle: str) -> tuple[PoolStore, SnapshotRecord] | None:
+        source = parse_handle(source_handle)
         for store in self._pools:
-            record = store.snapshots.get(store.id_of(SNAPSHOT, name))
+            record_id, is_own = store.id_of(SNAPSHOT, name), source is not None and source.pool == store.name
+            record = store.snapshots.get(record_id) if is_own else store.glance(store.snapshots, record_id)
             if record is None or record.phase is Phase.DELETING:
                 continue
             _require_same(record, source_handle)

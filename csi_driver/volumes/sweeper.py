@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+from csi_driver.backends.base import in_background
 from csi_driver.errors import OperationPending, TatamiError
 from csi_driver.linux import files
 from csi_driver.volumes.groups import Groups
@@ -77,6 +78,7 @@ class Sweeper:
             self._thread.join(timeout)
 
     def _run(self, observe: Callable[[float, SweepReport], None]) -> None:
+        in_background.set(True)
         next_sweep = time.monotonic()
         while not self._stop.is_set():
             self._wake.clear()  # before the round: what comes into the trash from here on is seen now or in the next one
@@ -105,6 +107,8 @@ class Sweeper:
         for store in self._pools:
             if self._stop.is_set():
                 return
+            if store.backend.dormant:
+                continue  # nobody has used it since it was swept last
             try:
                 step(store, report, patient)
             except (TatamiError, OSError) as error:

@@ -7,9 +7,11 @@ and the result is good for a while, so that the kubelet's minute-by-minute quest
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
+from csi_driver.backends.base import Space, Used
 from csi_driver.errors import DeadlineExceeded
-from csi_driver.linux.trees import TreeUsage, measure_tree
+from csi_driver.linux.trees import measure_tree
 from csi_driver.volumes.jobs import JobControl, Jobs
 from csi_driver.volumes.model import Usage, VolumeStats
 from csi_driver.volumes.pools import PoolStore
@@ -21,7 +23,8 @@ _LONGEST_COUNT_SECONDS = 3600.0
 
 @dataclass(frozen=True)
 class _Count:
-    usage: TreeUsage
+    usage: Used
+    space: Space | None  # of a remote pool, which is measured in the same go
     until: float
 
 
@@ -33,13 +36,15 @@ class UsageCounter:
         self._guard = threading.Lock()
         self._counts: dict[tuple[str, str], _Count] = {}
 
-    def stats(self, store: PoolStore, directory: str, capacity_bytes: int | None, deadline: float) -> VolumeStats:
-        """Return the volume's own usage.
+    def stats(
+        self, store: PoolStore, directory: str, capacity_bytes: int | None, deadline: float, mounted: Path
+    ) -> VolumeStats:
+        """Return the volume's own usage; `mounted` is where this node shows it, which is all that it sees of a remote pool.
 
         Raises NotFound where the directory is gone, OperationPending while it is still being counted at `deadline` (monotonic seconds).
         """
-        used = self._count(store, directory, deadline)
-        space = store.space()
+        count = self._count(store, directory, deadline, mounted)
+        used, space = count.usage, count.space or store.space()
         available = space.available_bytes
         if capacity_bytes is not None:
             available = min(available, max(0, capacity_bytes - used.bytes))
@@ -52,18 +57,19 @@ class UsageCounter:
             inodes=inodes or Usage(used.inodes, None, None),
         )
 
-    def _count(self, store: PoolStore, directory: str, deadline: float) -> TreeUsage:
+    def _count(self, store: PoolStore, directory: str, deadline: float, mounted: Path) -> _Count:
         key = (store.name, directory)
         with self._guard:
             known = self._counts.get(key)
             if known is not None and known.until > time.monotonic():
-                return known.usage
-        return self._jobs.run(f"usage of {store.name}/{directory}", lambda job: self._walk(store, directory, job), deadline)
+                return known
+        return self._jobs.run(
+            f"usage of {store.name}/{directory}", lambda job: self._walk(store, directory, job, mounted), deadline
+        )
 
-    def _walk(self, store: PoolStore, directory: str, job: JobControl) -> TreeUsage:
-        with store.open_volume(directory) as top:
-            usage = measure_tree(top, deadline=job.started + _LONGEST_COUNT_SECONDS)
-        if not usage.complete:
+    def _walk(self, store: PoolStore, directory: str, job: JobControl, mounted: Path) -> _Count:
+        used, space = _measure(store, directory, job.started + _LONGEST_COUNT_SECONDS, mounted)
+        if not used.complete:
             raise DeadlineExceeded(
                 f"{directory} of pool {store.name} could not be counted completely: part of it cannot be read, or it is too large"
             )
@@ -71,5 +77,13 @@ class UsageCounter:
         with self._guard:
             for key in [key for key, count in self._counts.items() if count.until < now]:
                 del self._counts[key]
-            self._counts[store.name, directory] = _Count(usage, now + (now - job.started) * _FRESH_FACTOR)
-        return usage
+            count = self._counts[store.name, directory] = _Count(used, space, now + (now - job.started) * _FRESH_FACTOR)
+        return count
+
+
+def _measure(store: PoolStore, directory: str, deadline: float, mounted: Path) -> tuple[Used, Space | None]:
+    if store.backend.remote:
+        return store.backend.measure(mounted, deadline - time.monotonic())
+    with store.open_volume(directory) as top:
+        found = measure_tree(top, deadline=deadline)
+    return Used(found.bytes, found.inodes, found.complete), None

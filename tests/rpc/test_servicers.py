@@ -158,7 +158,10 @@ def test_probe_does_not_wait_for_pools_that_hang(serve, hung):
         (
             "NodeGetCapabilities",
             csi.NodeServiceCapability.RPC.Type,
-            "STAGE_UNSTAGE_VOLUME GET_VOLUME_STATS EXPAND_VOLUME SINGLE_NODE_MULTI_WRITER GET_VOLUME_HEALTH GET_STORAGE_HEALTH",
+            (
+                "STAGE_UNSTAGE_VOLUME GET_VOLUME_STATS EXPAND_VOLUME SINGLE_NODE_MULTI_WRITER GET_VOLUME_HEALTH GET_STORAGE_HEALTH "
+                "VOLUME_MOUNT_GROUP"
+            ),
         ),
         (
             "GroupControllerGetCapabilities",

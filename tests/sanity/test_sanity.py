@@ -21,13 +21,11 @@ def home(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run_sanity(home: Path, endpoint: str, controller_endpoint: str, kubelet: Path) -> dict[str, int]:
-    """Run the suite once and return its counts; the whole output is in the assertion where something failed."""
-    binary = os.environ.get("CSI_SANITY")
-    assert binary, "CSI_SANITY must name the csi-sanity binary: run `make sanity`"
+def sanity_command(binary: str, home: Path, endpoint: str, controller_endpoint: str, kubelet: Path) -> list[str]:
+    """Say how the suite is run: everything that it can be asked to look at."""
     mutable = home / "mutable.yaml"
     mutable.write_text("onDelete: retain\n")
-    command = [
+    return [
         binary,
         f"--csi.endpoint={endpoint}",
         f"--csi.controllerendpoint={controller_endpoint}",
@@ -39,10 +37,21 @@ def run_sanity(home: Path, endpoint: str, controller_endpoint: str, kubelet: Pat
         f"--csi.testvolumemutableparameters={mutable}",
         "--ginkgo.no-color",
     ]
+
+
+def counts_of(output: str) -> dict[str, int]:
+    found = SUMMARY.search(output)
+    assert found, output[-6000:]
+    return dict(zip(("passed", "failed", "pending", "skipped"), map(int, found.groups()), strict=True))
+
+
+def run_sanity(home: Path, endpoint: str, controller_endpoint: str, kubelet: Path) -> dict[str, int]:
+    """Run the suite once and return its counts; the whole output is in the assertion where something failed."""
+    binary = os.environ.get("CSI_SANITY")
+    assert binary, "CSI_SANITY must name the csi-sanity binary: run `make sanity`"
+    command = sanity_command(binary, home, endpoint, controller_endpoint, kubelet)
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    found = SUMMARY.search(done.stdout)
-    assert found, done.stdout[-4000:] + done.stderr[-2000:]
-    counts = dict(zip(("passed", "failed", "pending", "skipped"), map(int, found.groups()), strict=True))
+    counts = counts_of(done.stdout + done.stderr)
     print("csi-sanity:", counts)
     assert (counts["failed"], counts["skipped"], done.returncode) == (0, 0, 0), done.stdout[-20000:]
     return counts

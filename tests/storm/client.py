@@ -2,6 +2,7 @@
 
 import threading
 import time
+from typing import Self
 
 import grpc
 
@@ -13,7 +14,11 @@ RETRY = frozenset(
 """What a CO takes for "it may have happened, ask again"; every other code is final."""
 
 METHODS = {
-    method.name: (f"/{service.full_name}/{method.name}", getattr(csi, method.input_type.name), getattr(csi, method.output_type.name))
+    method.name: (
+        f"/{service.full_name}/{method.name}",
+        getattr(csi, method.input_type.name),
+        getattr(csi, method.output_type.name),
+    )
     for service in csi.DESCRIPTOR.services_by_name.values()
     for method in service.methods
     if not method.server_streaming
@@ -38,7 +43,7 @@ class Client:
             for name, (path, _, response) in METHODS.items()
         }
 
-    def __enter__(self) -> "Client":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,7 +76,9 @@ def capability(mode: int = csi.VolumeCapability.AccessMode.SINGLE_NODE_MULTI_WRI
     )
 
 
-def create_volume(name: str, size: int = 1024**2, snapshot: str = "", volume: str = "", **parameters: str) -> csi.CreateVolumeRequest:
+def create_volume(
+    name: str, size: int = 1024**2, snapshot: str = "", volume: str = "", **parameters: str
+) -> csi.CreateVolumeRequest:
     request = csi.CreateVolumeRequest(
         name=name,
         capacity_range=csi.CapacityRange(required_bytes=size),

@@ -81,7 +81,9 @@ class StormClient:
                     self.ledger.put_back(intent)
                     time.sleep(self.rng.uniform(0.001, 0.02))
                 else:
-                    self.ledger.problem(f"{intent.kind}, try {intent.tries}: {method} answers {error.code().name}: {error.details()}")
+                    self.ledger.problem(
+                        f"{intent.kind}, try {intent.tries}: {method} answers {error.code().name}: {error.details()}"
+                    )
                     self.ledger.done(intent)
                 return
         try:
@@ -149,7 +151,11 @@ class StormClient:
         if self.rng.random() < 0.3:
             parameters |= {"uid": "1000", "mode": "2770"}
         request = create_volume(
-            name, source.capacity if source else 32 * MIB, snapshot.handle if snapshot else "", volume.handle if volume else "", **parameters
+            name,
+            source.capacity if source else 32 * MIB,
+            snapshot.handle if snapshot else "",
+            volume.handle if volume else "",
+            **parameters,
         )
 
         def finish(intent: Intent, responses: list[Any]) -> None:
@@ -168,7 +174,9 @@ class StormClient:
                 self.ledger.volumes[name] = entry
 
         kind = "restore" if snapshot else "clone" if volume else "create"
-        return Intent(kind, [("CreateVolume", request)], finish, [source] if source else [], (("volumes", record_id("volume", name)),))
+        return Intent(
+            kind, [("CreateVolume", request)], finish, [source] if source else [], (("volumes", record_id("volume", name)),)
+        )
 
     def _clone(self) -> Intent | None:
         volume = self._some_volume()
@@ -226,7 +234,9 @@ class StormClient:
         def finish(_: Intent, __: list[Any]) -> None:
             volume.capacity, volume.exclusive = size, False
 
-        request = csi.ControllerExpandVolumeRequest(volume_id=volume.handle, capacity_range=csi.CapacityRange(required_bytes=size))
+        request = csi.ControllerExpandVolumeRequest(
+            volume_id=volume.handle, capacity_range=csi.CapacityRange(required_bytes=size)
+        )
         return Intent("expand", [("ControllerExpandVolume", request)], finish, ids=(("volumes", id_of(volume.handle)),))
 
     def _modify(self) -> Intent | None:
@@ -255,21 +265,29 @@ class StormClient:
                 self.ledger.snapshots[name] = entry
 
         request = csi.CreateSnapshotRequest(name=name, source_volume_id=volume.handle)
-        return Intent("snapshot", [("CreateSnapshot", request)], finish, [volume], (("snapshots", record_id("snapshot", name)),))
+        return Intent(
+            "snapshot", [("CreateSnapshot", request)], finish, [volume], (("snapshots", record_id("snapshot", name)),)
+        )
 
     def _cut(self, intent: Intent, position: int, shown: csi.Snapshot, name: str, group: str = "") -> SnapshotEntry:
         created = shown.creation_time.ToNanoseconds()
-        entry = SnapshotEntry(name, shown.snapshot_id, manifest(self.ledger.pool.snapshot_data(shown.snapshot_id)), created_ns=created)
+        entry = SnapshotEntry(
+            name, shown.snapshot_id, manifest(self.ledger.pool.snapshot_data(shown.snapshot_id)), created_ns=created
+        )
         entry.group, entry.capacity = group, shown.size_bytes
         if not shown.ready_to_use:
             self.ledger.problem(f"snapshot {name} is acknowledged and not ready_to_use")
         self._require_copy(intent, position, entry, f"snapshot {name}")
         if newest_ns(entry.manifest) > created:
-            self.ledger.problem(f"snapshot {name} (try {intent.tries}) says it was cut at {created}, but holds a file of {newest_ns(entry.manifest)}")
+            self.ledger.problem(
+                f"snapshot {name} (try {intent.tries}) says it was cut at {created}, but holds a file of {newest_ns(entry.manifest)}"
+            )
         return entry
 
     def _delete_snapshot(self) -> Intent | None:
-        snapshot = self._some(self.ledger.snapshots.values(), lambda each: not each.group and not each.readers and not each.unanswered)
+        snapshot = self._some(
+            self.ledger.snapshots.values(), lambda each: not each.group and not each.readers and not each.unanswered
+        )
         if snapshot is None:
             return None
         del self.ledger.snapshots[snapshot.name]
@@ -292,7 +310,9 @@ class StormClient:
             members = []
             by_source = {member.source_volume_id: member for member in shown.snapshots}
             for position, source in enumerate(sources):
-                members.append(self._cut(intent, position, by_source[source.handle], f"{name}/{position}", shown.group_snapshot_id))
+                members.append(
+                    self._cut(intent, position, by_source[source.handle], f"{name}/{position}", shown.group_snapshot_id)
+                )
             with self.ledger.lock:
                 self.ledger.groups[name] = GroupEntry(name, shown.group_snapshot_id, members)
                 self.ledger.snapshots |= {member.name: member for member in members}
@@ -333,12 +353,23 @@ class StormClient:
         volume.exclusive = True
         staging, target = self._staging(volume), self._target(volume.name)
         calls = [
-            ("ControllerPublishVolume", csi.ControllerPublishVolumeRequest(volume_id=volume.handle, node_id=NODE, volume_capability=capability())),
-            ("NodeStageVolume", csi.NodeStageVolumeRequest(volume_id=volume.handle, staging_target_path=str(staging), volume_capability=capability())),
+            (
+                "ControllerPublishVolume",
+                csi.ControllerPublishVolumeRequest(volume_id=volume.handle, node_id=NODE, volume_capability=capability()),
+            ),
+            (
+                "NodeStageVolume",
+                csi.NodeStageVolumeRequest(
+                    volume_id=volume.handle, staging_target_path=str(staging), volume_capability=capability()
+                ),
+            ),
             (
                 "NodePublishVolume",
                 csi.NodePublishVolumeRequest(
-                    volume_id=volume.handle, staging_target_path=str(staging), target_path=str(target), volume_capability=capability()
+                    volume_id=volume.handle,
+                    staging_target_path=str(staging),
+                    target_path=str(target),
+                    volume_capability=capability(),
                 ),
             ),
         ]
@@ -382,7 +413,12 @@ class StormClient:
             with self.ledger.lock:
                 self.ledger.inline[handle] = target
 
-        return Intent("publish inline", [("NodePublishVolume", request)], finish, ids=(("volumes", record_id("volume", f"inline\0{handle}")),))
+        return Intent(
+            "publish inline",
+            [("NodePublishVolume", request)],
+            finish,
+            ids=(("volumes", record_id("volume", f"inline\0{handle}")),),
+        )
 
     def _unpublish_inline(self) -> Intent | None:
         if not self.ledger.inline:
@@ -427,7 +463,9 @@ def _deletable(volume: VolumeEntry) -> bool:
     return volume.target is None and volume.readers == 0 and not volume.unanswered
 
 
-def run_clients(ledger: Ledger, endpoint: str, seed: str, count: int, work: str, stop: threading.Event, meanwhile: Callable[[Client], None]) -> None:
+def run_clients(
+    ledger: Ledger, endpoint: str, seed: str, count: int, work: str, stop: threading.Event, meanwhile: Callable[[Client], None]
+) -> None:
     """Let `count` clients do `work` (a method of StormClient) while `meanwhile` runs in this thread; return when all have ended."""
     with Client(endpoint) as client:
         clients = [StormClient(ledger, client, random.Random(f"{seed}/{number}"), stop) for number in range(count)]

@@ -29,7 +29,9 @@ class Pool:
     def records(self, kind: str) -> dict[str, dict]:
         """Read all records of `volumes`, `snapshots` or `groups`, by id."""
         folder = self.control / kind
-        return {name.removesuffix(".json"): json.loads((folder / name).read_bytes()) for name in _names(folder) if _is_record(name)}
+        return {
+            name.removesuffix(".json"): json.loads((folder / name).read_bytes()) for name in _names(folder) if _is_record(name)
+        }
 
     def record(self, kind: str, handle: str) -> dict:
         return json.loads((self.control / kind / f"{id_of(handle)}.json").read_bytes())
@@ -74,7 +76,11 @@ class Pool:
         found += [f".csi/snapshots-data/{name}" for name in _names(self.control / "snapshots-data") if name not in snapshots]
         for kind in (*KINDS, "retained", "archived"):
             folder = self.control / kind
-            found += [f".csi/{kind}/{name}" for name in _names(folder) if not _is_record(name) and not _is_young_temporary(folder / name)]
+            found += [
+                f".csi/{kind}/{name}"
+                for name in _names(folder)
+                if not _is_record(name) and not _is_young_temporary(folder / name)
+            ]
         known = {*KINDS, "retained", "archived", "snapshots-data", "staging", "trash", "format.json", "lock"}
         found += [f".csi/{name}" for name in _names(self.control) if name not in known]
         named = {str(self.root / record["directory"]) for record in volumes.values()} | kept

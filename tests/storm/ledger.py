@@ -141,7 +141,9 @@ class Ledger:
             if not snapshot.exclusive:
                 self._check_snapshot(snapshot, records["snapshots"].get(id_of(snapshot.handle)))
         for group in self.groups.values():
-            self._expect(records["groups"].get(id_of(group.handle), {}).get("phase") == "ready", f"group {group.name} is not ready")
+            self._expect(
+                records["groups"].get(id_of(group.handle), {}).get("phase") == "ready", f"group {group.name} is not ready"
+            )
         self._check_no_others(records)
 
     def _check_volume(self, volume: VolumeEntry, record: dict | None) -> None:
@@ -150,10 +152,14 @@ class Ledger:
         if record is None:
             return
         self._expect(self.pool.root / record["directory"] == volume.directory, f"{what} moved to {record['directory']}")
-        self._expect(record["capacity_bytes"] == volume.capacity, f"{what} has {record['capacity_bytes']}, not {volume.capacity}")
+        self._expect(
+            record["capacity_bytes"] == volume.capacity, f"{what} has {record['capacity_bytes']}, not {volume.capacity}"
+        )
         self._expect_content(volume.directory, volume.manifest, what)
         if volume.target is not None:
-            self._expect(volume.target.exists() and volume.target.samefile(volume.directory), f"{what} is not at {volume.target}")
+            self._expect(
+                volume.target.exists() and volume.target.samefile(volume.directory), f"{what} is not at {volume.target}"
+            )
 
     def _check_snapshot(self, snapshot: SnapshotEntry, record: dict | None) -> None:
         what = f"snapshot {snapshot.name} ({snapshot.handle})"
@@ -174,7 +180,10 @@ class Ledger:
         for kind, entries in living.items():
             named = {id_of(entry.handle) for entry in entries} | (inline if kind == "volumes" else set())
             for each in records[kind].keys() - named:
-                self._expect((kind, each) in maybe, f"a record in {kind} that nobody asked for or that was deleted: {records[kind][each]}")
+                self._expect(
+                    (kind, each) in maybe,
+                    f"a record in {kind} that nobody asked for or that was deleted: {records[kind][each]}",
+                )
 
     def check_kept(self) -> None:
         """Compare what was retained and archived with what it held when it was deleted. No call may be unanswered."""

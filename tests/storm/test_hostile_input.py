@@ -19,7 +19,7 @@ from csi_driver.linux import mountinfo
 from csi_driver.rpc import csi_pb2 as csi
 from tests.driver_process import DriverProcess, write_pools
 from tests.storm.client import METHODS, Client, capability, create_volume
-from tests.storm.hostile import FORGED, SECRET, Request, World, foreign_handles, raw_requests, requests
+from tests.storm.hostile import FORGED, SECRET, Request, World, foreign_handles, raw_requests, requests, right_requests
 
 pytestmark = [pytest.mark.minutes, pytest.mark.root]
 
@@ -36,13 +36,14 @@ SPECIFIC = {
 }
 """Not INTERNAL, UNKNOWN or UNIMPLEMENTED. Nor UNAVAILABLE or DEADLINE_EXCEEDED, which no request may bring about on a sound machine."""
 HANG_SECONDS = 20
+EXAMPLES = int(os.environ.get("TATAMI_HOSTILE_EXAMPLES") or 100)
 STARTED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z (?:DEBUG|INFO|WARNING|ERROR) ")
 
 bounded = settings(
     deadline=None,
     database=None,
     print_blob=True,
-    max_examples=int(os.environ.get("TATAMI_HOSTILE_EXAMPLES") or 90),
+    max_examples=EXAMPLES,
     suppress_health_check=list(HealthCheck),
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],  # shrinking would ask a server that has changed since
 )
@@ -94,8 +95,8 @@ class Scene:
         roots = [str(self.home / "pools" / name) for name in ("default", "other")]
         paths = (
             staging, target, f"{target}/", f"{self.kubelet}//pods/./target", f"{self.kubelet}/pods/second", str(self.kubelet),
-            *(str(canary) for canary in self.canaries), f"{self.kubelet}/foreign-files/new", f"{self.kubelet}/way-out/new", f"{self.kubelet}/file/new",
-            f"{self.kubelet}/way-out/inner", f"{self.kubelet}/foreign-mount/new", f"{self.kubelet}/foreign-mount/inner", f"{target}/inside",
+            *(str(canary) for canary in self.canaries), f"{self.kubelet}/foreign-files/inner", f"{self.kubelet}/way-out/new", f"{self.kubelet}/file/new",
+            f"{self.kubelet}/way-out/inner", f"{self.kubelet}/foreign-mount/inner", f"{target}/inside",
             f"{self.kubelet}/../outside/inner", f"{self.kubelet}/plugins", f"{self.kubelet}/plugins/hostpath.csi.tatami.dev/volumes", *roots,
             f"{roots[0]}/.csi", f"{roots[0]}/.csi/volumes", f"{roots[0]}/new", "/", "/etc", "/tmp", "/proc/self/root/etc", "/dev/null", "relative/path",
         )  # fmt: skip
@@ -106,7 +107,9 @@ class Scene:
         """Make what has to exist, or find it: a name always becomes the same handle."""
         volume = self.call("CreateVolume", create_volume("keep")).volume.volume_id
         other = self.call("CreateVolume", create_volume("keep-other")).volume.volume_id
-        snapshot = self.call("CreateSnapshot", csi.CreateSnapshotRequest(name="snap", source_volume_id=volume)).snapshot.snapshot_id
+        snapshot = self.call(
+            "CreateSnapshot", csi.CreateSnapshotRequest(name="snap", source_volume_id=volume)
+        ).snapshot.snapshot_id
         request = csi.CreateVolumeGroupSnapshotRequest(name="group", source_volume_ids=[volume, other])
         group = self.call("CreateVolumeGroupSnapshot", request).group_snapshot
         staging = str(self.kubelet / "staging")
@@ -142,7 +145,9 @@ class Scene:
             check_message(request, code, details)
         assert self.client.call("Probe", csi.ProbeRequest(), 5).ready.value
         now = self.picture()
-        assert now == self.before, f"{request!r} touched {[path for path in self.before.keys() | now if self.before.get(path) != now.get(path)]}"
+        assert now == self.before, (
+            f"{request!r} touched {[path for path in self.before.keys() | now if self.before.get(path) != now.get(path)]}"
+        )
         assert foreign_mounts(self.home) == self.mounts, repr(request)
         self.restore(request, response)
 
@@ -154,11 +159,20 @@ class Scene:
             self.call("DeleteVolume", csi.DeleteVolumeRequest(volume_id=response.volume.volume_id))
         elif request.method == "CreateSnapshot" and response.snapshot.snapshot_id not in self.world.handles:
             self.call("DeleteSnapshot", csi.DeleteSnapshotRequest(snapshot_id=response.snapshot.snapshot_id))
-        elif request.method == "CreateVolumeGroupSnapshot" and response.group_snapshot.group_snapshot_id not in self.world.handles:
+        elif (
+            request.method == "CreateVolumeGroupSnapshot"
+            and response.group_snapshot.group_snapshot_id not in self.world.handles
+        ):
             group = response.group_snapshot.group_snapshot_id
             self.call("DeleteVolumeGroupSnapshot", csi.DeleteVolumeGroupSnapshotRequest(group_snapshot_id=group))
         elif request.method.startswith(("Delete", "NodeUn")):
             self.ensure()
+
+    def take_away(self, path: str) -> None:
+        """Undo what was mounted at a path, whichever volume it was."""
+        for handle in (self.world.handles[0], "static-handle", "csi-inline"):
+            self.client.code("NodeUnpublishVolume", csi.NodeUnpublishVolumeRequest(volume_id=handle, target_path=path))
+            self.client.code("NodeUnstageVolume", csi.NodeUnstageVolumeRequest(volume_id=handle, staging_target_path=path))
 
 
 def describe(path: Path) -> tuple:
@@ -216,7 +230,8 @@ def scene(tmp_path_factory):
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_any_request_gets_a_specific_code_and_touches_nothing_foreign(scene: Scene, method: str):
-    @bounded
+    # The calls that make and remove mounts have the most to spoil.
+    @settings(bounded, max_examples=EXAMPLES * (3 if method.startswith(("NodeStage", "NodeUn", "NodePublish")) else 1))
     @given(st.deferred(lambda: requests(method, scene.world)))
     def check(request: Request) -> None:
         scene.judge(request)
@@ -237,3 +252,14 @@ def test_any_bytes_get_a_specific_code(scene: Scene, method: str):
         scene.judge(request)
 
     check()
+
+
+@pytest.mark.parametrize("method", ["NodeStageVolume", "NodePublishVolume", "NodeUnpublishVolume", "NodeUnstageVolume"])
+def test_no_path_leads_out_of_the_kubelets_directory(scene: Scene, method: str):
+    """Every hostile path in requests that are right but for it: no other mistake may hide this one."""
+    for path in scene.world.paths:
+        for message in right_requests(method, scene.world):
+            setattr(message, "target_path" if hasattr(message, "target_path") else "staging_target_path", path)
+            scene.judge(Request(method, message))
+            scene.take_away(path)
+            scene.ensure()

@@ -56,7 +56,9 @@ def test_nothing_acknowledged_is_lost_and_nothing_is_left_over_after_200_kills(d
     print(f"{torn} records were cut off in the middle by {KILLS} kills;", dict(sorted(ledger.counts.items())))
     # A storm in which nothing was torn shows nothing.
     assert torn > KILLS / 2
-    assert all(ledger.counts[kind] > KILLS / 10 and ledger.counts[f"unanswered {kind}"] > KILLS / 100 for kind in COPIES), ledger.counts
+    assert all(ledger.counts[kind] > KILLS / 10 and ledger.counts[f"unanswered {kind}"] > KILLS / 100 for kind in COPIES), (
+        ledger.counts
+    )
     assert ledger.counts["completed by a retry"] > KILLS
 
 
@@ -92,8 +94,14 @@ def take_down(driver: DriverProcess, ledger: Ledger, seed: str) -> None:
     judge(ledger, "before everything is deleted", lambda: ledger.check_nothing_left_over(PARENTS), ledger.check_kept)
     run_clients(ledger, driver.endpoint, seed, 1, "take_down", threading.Event(), lambda _: None)
     pool.wait_until_swept(SWEEP_SECONDS)
-    judge(ledger, "everything is deleted", lambda: ledger.check_nothing_left_over(PARENTS), ledger.check_against_disk, ledger.check_kept)
-    assert not (ledger.volumes or ledger.snapshots or ledger.groups or ledger.inline)
+    judge(
+        ledger,
+        "everything is deleted",
+        lambda: ledger.check_nothing_left_over(PARENTS),
+        ledger.check_against_disk,
+        ledger.check_kept,
+    )
+    assert not {**ledger.volumes, **ledger.snapshots, **ledger.groups, **ledger.inline}
     assert not any(pool.records(kind) for kind in KINDS)
     assert not list((driver.kubelet / "plugins" / "hostpath.csi.tatami.dev" / "volumes").glob("*.json"))
     assert not mounts_below(driver.home)
@@ -111,7 +119,9 @@ def check_lists(driver: DriverProcess, ledger: Ledger) -> None:
         if found != sorted((snapshot.handle, snapshot.created_ns) for snapshot in ledger.snapshots.values()):
             ledger.problem(f"ListSnapshots shows {found}")
         for group in ledger.groups.values():
-            request = csi.GetVolumeGroupSnapshotRequest(group_snapshot_id=group.handle, snapshot_ids=[each.handle for each in group.members])
+            request = csi.GetVolumeGroupSnapshotRequest(
+                group_snapshot_id=group.handle, snapshot_ids=[each.handle for each in group.members]
+            )
             if not client.call("GetVolumeGroupSnapshot", request).group_snapshot.ready_to_use:
                 ledger.problem(f"group {group.name} is not ready_to_use")
 

@@ -30,6 +30,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 CHECKOUT = HERE.parent.parent
 KERNEL = "linux.uml"
 PREFIX = "tatami-guest-"
+HANDED_ON = ("CSI_SANITY", "TATAMI_OUTAGE_SECONDS", "TATAMI_SPEED_FILES")
+"""Variables that tests in a guest obey as those on the machine do; the first names a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,8 @@ def pytest_job(
     environment: Mapping[str, str] | None = None,
 ) -> Job:
     """Describe a pytest run with `arguments` (paths relative to the checkout) under this process' interpreter."""
+    handed_on = {name: os.environ[name] for name in HANDED_ON if os.environ.get(name)}
+    suite = [pathlib.Path(handed_on["CSI_SANITY"])] if "CSI_SANITY" in handed_on else []
     return Job(
         # A cache directory could not be written, and colours would have to be taken out of the console again.
         command=[
@@ -71,8 +75,8 @@ def pytest_job(
         ],
         memory=memory,
         timeout=timeout,
-        visible=visible,
-        environment=environment or {},
+        visible=[*visible, *suite],
+        environment={**handed_on, **(environment or {})},
     )
 
 

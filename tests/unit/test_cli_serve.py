@@ -10,7 +10,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from csi_driver import __version__, cli
+from csi_driver import __version__
 from csi_driver.cli import commands
 from csi_driver.config import ConfigError, ServeOptions, load_settings
 
@@ -159,19 +159,9 @@ def test_every_option_shows_its_variable_in_the_help(run):
         assert variable in shown
 
 
-def test_a_new_file_with_a_command_is_a_new_command(run, tmp_path, monkeypatch):
-    (tmp_path / "greet.py").write_text(
-        "import click\n@click.command()\ndef command():\n    '''Say hello.'''\n    click.echo('hello')\n"
-    )
-    (tmp_path / "tables.py").write_text("command = 'not a command'\n")
-    monkeypatch.setattr(cli, "__path__", [*cli.__path__, str(tmp_path)])
-    shown = run("--help")[0].stdout
-    assert "greet  Say hello." in shown
-    assert "serve " in shown
-    assert "tables" not in shown
-    assert "commands" not in shown
-    assert run("greet")[0].stdout == "hello\n"
-    assert run("tables")[0].exit_code == 2
+def test_a_module_that_is_no_command_is_not_offered_as_one(run):
+    assert run("client")[0].exit_code == 2
+    assert "client" not in run("--help")[0].stdout
 
 
 def test_commands_are_click_commands_with_help():

@@ -7,9 +7,18 @@ from pathlib import Path
 
 import pytest
 from bench import Bench, make_bench, unmount_below
+from hypothesis import settings
 
 from csi_driver.config import HostPathPool
-from csi_driver.linux import mounts
+
+settings.register_profile("whatever the machine is busy with", deadline=None)
+settings.load_profile("whatever the machine is busy with")
+
+
+@pytest.fixture(autouse=True)
+def everything_is_unmounted_in_the_end(tmp_path: Path) -> Iterator[None]:
+    yield
+    unmount_below(tmp_path)
 
 
 @pytest.fixture
@@ -26,13 +35,11 @@ def bench(tmp_path: Path, pools: tuple[HostPathPool, ...]) -> Iterator[Bench]:
     made = make_bench(tmp_path, pools)
     yield made
     made.domain.stop(5)
-    unmount_below(tmp_path)
 
 
 @pytest.fixture
-def make_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+def make_disk(tmp_path: Path) -> Callable[..., Path]:
     """Makes small filesystems of their own: `make_disk(name, size="8M", kind="tmpfs")` mounts one and returns where."""
-    made: list[Path] = []
 
     def make(name: str, size: str = "8M", kind: str = "tmpfs", options: str = "defaults") -> Path:
         place = tmp_path / "disks" / name
@@ -47,12 +54,9 @@ def make_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         mounted = subprocess.run(command, capture_output=True, text=True, check=False)
         if mounted.returncode:
             pytest.skip(f"needs to mount a {kind}: {mounted.stderr.strip()}")
-        made.append(place)
         return place
 
-    yield make
-    for place in reversed(made):
-        mounts.unmount_all(place, 10)
+    return make
 
 
 def pytest_collection_modifyitems(items):

@@ -20,7 +20,7 @@ from csi_driver.config import HostPathPool
 from csi_driver.errors import InvalidArgument, NotFound
 from csi_driver.linux.mountinfo import topmost_mount_at
 from csi_driver.volumes import sweeper
-from csi_driver.volumes.model import CapacityRange, NodePublication, OnDelete, Ownership, Page, AccessMode
+from csi_driver.volumes.model import AccessMode, CapacityRange, NodePublication, OnDelete, Ownership, Page
 from csi_driver.volumes.parameters import EPHEMERAL
 
 pytestmark = pytest.mark.root
@@ -297,7 +297,8 @@ def test_a_retry_after_a_kill_at_any_step_completes_what_was_cut_off(new_bench, 
         bench = new_bench()
         given = story.prepare(bench)
         before = everything_ready(bench)
-        return lambda: story.act(bench.restarted(), given)
+        fresh = bench.restarted()
+        return lambda: story.act(fresh, given)
 
     for change in every_crash(start):
         after = bench.restarted()
@@ -330,7 +331,8 @@ def test_a_creation_that_is_killed_and_never_asked_for_again_leaves_nothing_once
         bench = new_bench()
         given = story.prepare(bench)
         before = everything_ready(bench)
-        return lambda: story.act(bench.restarted(), given)
+        fresh = bench.restarted()
+        return lambda: story.act(fresh, given)
 
     for change in every_crash(start):
         after = bench.restarted()
@@ -357,7 +359,8 @@ def test_a_deletion_that_was_killed_never_takes_what_has_its_directory_now(new_b
         nonlocal bench, volume
         bench = new_bench()
         volume = a_filled_volume(bench, directory="team/data", on_delete=on_delete)
-        return lambda: bench.restarted().volumes.delete(volume.record.handle)
+        fresh = bench.restarted()
+        return lambda: fresh.volumes.delete(volume.record.handle)
 
     refused = taken = 0
     for change in every_crash(start):
@@ -390,7 +393,8 @@ def test_a_creation_that_was_killed_never_takes_or_removes_what_has_its_director
     def start(_change: int) -> Callable[[], object]:
         nonlocal bench
         bench = new_bench()
-        return lambda: bench.restarted().create("first", directory="team/data")
+        fresh = bench.restarted()
+        return lambda: fresh.create("first", directory="team/data")
 
     for change in every_crash(start):
         after = bench.restarted()
@@ -417,28 +421,19 @@ def test_a_creation_that_was_killed_never_takes_or_removes_what_has_its_director
 )
 def test_a_retry_that_is_killed_too_is_completed_by_the_next(new_bench, name):
     story = STORIES[name]
-    for first in itertools.count(1):
-        completed = None
-
-        def start(_change: int, first: int = first) -> Callable[[], object]:
-            nonlocal completed
-            start.bench = bench = new_bench()
-            start.given = given = story.prepare(bench)
-            completed = runs_to_its_end(lambda: story.act(bench.restarted(), given), first)
-            return lambda: story.act(bench.restarted(), given)
-
-        def start_any(change: int, start: Callable = start) -> Callable[[], object]:
-            return start(change)
-
-        for change in itertools.count(1):
-            done = runs_to_its_end(start_any(change), change)
-            after = start.bench.restarted()
-            story.check(after, start.given, story.act(after, start.given))
+    first_done, first = False, 0
+    while not first_done:
+        first += 1
+        for second in itertools.count(1):
+            bench = new_bench()
+            given = story.prepare(bench)
+            killed, retrying, after = bench.restarted(), bench.restarted(), bench.restarted()
+            first_done = runs_to_its_end(lambda killed=killed, given=given: story.act(killed, given), first)
+            second_done = runs_to_its_end(lambda retrying=retrying, given=given: story.act(retrying, given), second)
+            story.check(after, given, story.act(after, given))
             after.age_temporaries()
             after.restarted().sweep()
-            assert after.leftovers(*story.parents) == [], (first, change)
-            unmount_below(start.bench.root)
-            if done:
+            assert after.leftovers(*story.parents) == [], (first, second)
+            unmount_below(bench.root)
+            if second_done:
                 break
-        if completed:
-            break

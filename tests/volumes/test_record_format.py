@@ -60,6 +60,14 @@ def test_an_optional_field_at_its_default_is_left_out():
     assert Target("/x", readonly=False) == decode(NodeVolumeRecord, encode(_node(Target("/x", readonly=False))), "p").targets[0]
 
 
+def read(data):
+    """The record and no damage, or the other way round."""
+    try:
+        return decode(VolumeRecord, bytes(data), "place"), None
+    except RecordDamaged as damage:
+        return None, str(damage)
+
+
 def _node(*targets):
     return NodeVolumeRecord("i", "t", "h", "p", "d", AccessMode.SINGLE_NODE_WRITER, targets=targets)
 
@@ -77,10 +85,8 @@ def test_a_record_that_was_cut_short_or_overwritten_is_damaged_or_means_the_same
 def test_a_flipped_byte_never_raises_anything_but_damage(data):
     whole = bytearray(encode(FULL))
     whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
-    try:
-        decode(VolumeRecord, bytes(whole), "place")
-    except RecordDamaged as damage:
-        assert str(damage).startswith("place is damaged: ")
+    _, damage = read(whole)
+    assert damage is None or damage.startswith("place is damaged: ")
 
 
 def paths(body, prefix=()):
@@ -102,15 +108,14 @@ def test_a_value_of_another_type_is_damage_that_names_its_place(path, value):
         holder = holder[key]
     before = holder[path[-1]]
     holder[path[-1]] = value
-    try:
-        read = decode(VolumeRecord, json.dumps(body).encode(), "place")
-    except RecordDamaged as damage:
+    record, damage = read(json.dumps(body).encode())
+    if damage is not None:
         named = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).lstrip(".")
-        assert named in str(damage) or path == ("kind",)
+        assert named in damage or path == ("kind",)
     else:
         # The only values that are taken: of the same type, or none where none is allowed.
         assert type(value) in (type(before), type(None)) or (value == [] and isinstance(before, list))
-        assert read != FULL or value == before
+        assert record != FULL or value == before
 
 
 @pytest.mark.parametrize("name", [f for f in json.loads(encode(VOLUME)) if f not in ("schema_version", "kind")])

@@ -1,0 +1,182 @@
+"""NFS pools: a directory of a server. The controller works in its own mount of it, nodes mount each volume's directory by itself.
+
+Whatever is mounted for pods is never touched by the driver's own process: linux/nfs_child.py says why.
+"""
+
+import os
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from csi_driver.backends.base import Shortcoming, Space, Used
+from csi_driver.backends.nfs_share import Share
+from csi_driver.config.settings import NfsPool
+from csi_driver.errors import Unavailable
+from csi_driver.linux import nfs_child, nfs_mounts
+from csi_driver.linux.nfs_options import bind_attributes, join_options, parse_nfs_options, share_options
+
+STAGE_SECONDS = 45.0
+PUBLISH_SECONDS = 30.0
+LOOK_SECONDS = 5.0
+_GROUP_SECONDS = 24 * 3600.0  # the longest walk; one that stands still is given up much earlier
+
+_ST_RDONLY = 1  # statvfs(3)
+_FLAGS = "volume_capability.mount.mount_flags"
+
+
+class NfsBackend:
+    """A PoolBackend (base.py). `share_directory` is where this process mounts the share; its parents are entered by root alone."""
+
+    def __init__(self, settings: NfsPool, share_directory: Path) -> None:
+        """Raise InvalidArgument for options that no mount can have. Nothing is mounted yet."""
+        self._settings = settings
+        self._options = parse_nfs_options(settings.options, f"[pools.{settings.name}] options", of_pool=True)
+        self._share = Share(settings.name, self._source(), share_directory, share_options(self._options))
+        self._squashed_to: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self._settings.name
+
+    @property
+    def node_local(self) -> bool:
+        return False
+
+    @property
+    def remote(self) -> bool:
+        return True
+
+    @property
+    def inline(self) -> bool:
+        return self._settings.inline
+
+    def topology(self) -> Mapping[str, str] | None:
+        return None
+
+    # --- the pool itself ----------------------------------------------------------------------------------------------------------
+
+    def root(self) -> Path:
+        return self._share.root()
+
+    @property
+    def generation(self) -> int:
+        return self._share.generation
+
+    def prepare(self) -> None:
+        self._share.root()
+
+    def renew(self) -> None:
+        self._share.renew()
+
+    def problem(self) -> str | None:
+        return self._share.problem()
+
+    @property
+    def dormant(self) -> bool:
+        return self._share.dormant
+
+    def owner(self, directory: Path) -> int:
+        """Make a file and look whose it is: that is what root is to this server."""
+        probe = directory / f".tmp.owner.{secrets.token_hex(8)}"
+        descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            uid = os.fstat(descriptor).st_uid
+        finally:
+            os.close(descriptor)
+            probe.unlink()
+        self._squashed_to = uid if uid != os.geteuid() else None
+        return uid
+
+    @property
+    def squashed_to(self) -> int | None:
+        return self._squashed_to
+
+    def shortcomings(self) -> Sequence[Shortcoming]:
+        found = []
+        if self._squashed_to is not None:
+            found.append(
+                Shortcoming(
+                    "RootSquashed",
+                    f"pool {self.name}: {self._source()} squashes root to uid {self._squashed_to}: owners cannot be set or kept in "
+                    "copies, and files of others may be neither read nor removed; export it with `no_root_squash` to the controller",
+                )
+            )
+        if self._share.local_locks:
+            found.append(
+                Shortcoming(
+                    "LocksLocal",
+                    f"pool {self.name}: no rpc.statd runs here, so NFSv3 locks do not reach the server: run one controller only, or "
+                    "use `vers=4.2`",
+                )
+            )
+        return found
+
+    def space(self) -> Space:
+        """Measure the filesystem behind the share. Raises Unavailable."""
+        root = self.root()
+        try:
+            found = os.statvfs(root)
+        except OSError as error:
+            raise Unavailable(f"pool {self.name}: {self._source()} cannot be measured: {error.strerror}") from error
+        return Space(
+            total_bytes=found.f_blocks * found.f_frsize,
+            used_bytes=(found.f_blocks - found.f_bfree) * found.f_frsize,
+            available_bytes=found.f_bavail * found.f_frsize,
+            total_inodes=found.f_files,
+            available_inodes=found.f_favail,
+            read_only=bool(found.f_flag & _ST_RDONLY),
+        )
+
+    def close(self) -> None:
+        self._share.close()
+
+    # --- on a node ----------------------------------------------------------------------------------------------------------------
+
+    def check_flags(self, flags: Sequence[str], field: str) -> None:
+        parse_nfs_options(flags, field)
+
+    def source_of(self, directory: str) -> str:
+        return self._source(directory)
+
+    def stage(self, directory: str, target: Path, flags: Sequence[str], *, read_only: bool) -> None:
+        """Mount a volume's directory. Raises what nfs_mounts.mount_nfs raises."""
+        only = parse_nfs_options(["ro"], _FLAGS) if read_only else ()
+        options = join_options(self._options, parse_nfs_options(flags, _FLAGS), only)
+        nfs_mounts.mount_nfs(self._source(directory), target, options, seconds=STAGE_SECONDS)
+
+    def publish(self, staging: Path, target: Path, flags: Sequence[str], *, read_only: bool) -> None:
+        """Bind a staged volume, in a child. Raises Unavailable, OSError."""
+        attributes = bind_attributes(flags, _FLAGS)
+        attributes = replace(attributes, read_only=attributes.read_only or read_only)
+        nfs_child.bind(staging, target, attributes, PUBLISH_SECONDS)
+
+    def is_staged(self, directory: str, target: Path, source: str = "") -> bool:
+        return nfs_mounts.shows(target, source or self._source(directory))
+
+    def mounts_of(self, directory: str) -> list[Path]:
+        return nfs_mounts.mounts_of(self._source(directory))
+
+    def look(self, mounted: Path) -> None:
+        nfs_child.look(mounted, LOOK_SECONDS)
+
+    def flush(self, mounted: Path, seconds: float) -> None:
+        nfs_child.flush(mounted, seconds)
+
+    def measure(self, mounted: Path, seconds: float) -> tuple[Used, Space]:
+        found = nfs_child.measure(mounted, seconds)
+        space = Space(
+            total_bytes=found.total_bytes,
+            used_bytes=found.total_bytes - found.available_bytes,
+            available_bytes=found.available_bytes,
+            total_inodes=found.total_inodes,
+            available_inodes=found.available_inodes,
+            read_only=False,
+        )
+        return Used(found.used_bytes, found.used_inodes, found.complete), space
+
+    def change_group(self, mounted: Path, gid: int, should_stop: Callable[[int], bool]) -> int:
+        return nfs_child.change_group(mounted, gid, _GROUP_SECONDS, should_stop)
+
+    def _source(self, directory: str = "") -> str:
+        return f"{self._settings.server}:{self._settings.path / directory}"

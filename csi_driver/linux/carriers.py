@@ -1,0 +1,225 @@
+"""Carrying one entry of a directory into a copy: the unit of work of `copies.py`.
+
+A carrier knows two open directories and a name, and nothing of the walk. It belongs to one thread; what the threads of one copy have
+in common is `Shared`.
+"""
+
+import errno
+import hashlib
+import os
+import stat
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from csi_driver.linux import beneath
+from csi_driver.linux.contents import ContentLadder, Method
+from csi_driver.linux.fidelity import InodeFidelity
+from csi_driver.linux.hard_links import HardLinks, Place
+from csi_driver.linux.inode_flags import HOLDING
+from csi_driver.linux.system_calls import magic_link
+
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+_LINK_REFUSED = frozenset({errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.ENOSYS})
+_NODE_REFUSED = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+_LONGEST_PATH_BYTES = 4096
+
+Observer = Callable[[bytes, int, int, str | None], None]
+"""Hears of each entry that is no directory: its path (see `path_below`), mode, size in bytes, and its digest where there is one."""
+
+
+class Counts(Protocol):
+    """Where carriers count; see copies.Progress."""
+
+    def add_bytes(self, count: int) -> None: ...
+    def add_file(self) -> None: ...
+    def add_directory(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all carriers of one copy share. `links` is used under `links_guard`."""
+
+    progress: Counts
+    links: HardLinks
+    links_guard: threading.Lock
+    methods: tuple[Method, ...]
+    should_stop: Callable[[], bool]
+    observer: Observer | None
+
+
+@dataclass(slots=True)
+class Folder:
+    """A directory that is being copied: both ends, open; the source's status from before; its place and path in the copy."""
+
+    source: int
+    target: int
+    status: os.stat_result
+    place: Place
+    path: bytes
+
+
+def path_below(path: bytes, name: bytes) -> bytes:
+    """Join, and name what lies deeper than 4,096 bytes by a hash: a tenant can nest directories until one path takes megabytes."""
+    joined = path + b"/" + name if path else name
+    if len(joined) <= _LONGEST_PATH_BYTES:
+        return joined
+    return b"~" + hashlib.sha256(joined).hexdigest().encode()
+
+
+class Carrier:
+    """Carries entries; `used` and `not_carried` say by which methods, and what could not be carried."""
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+        self.not_carried: Counter[str] = Counter()
+        self._fidelity = InodeFidelity(self.not_carried)
+        self._ladder = ContentLadder(shared.methods, shared.should_stop, digests=shared.observer is not None)
+
+    @property
+    def used(self) -> Iterable[Method]:
+        return self._ladder.used
+
+    def prepare_top(self, target: int) -> None:
+        """Make the top of the copy bequeath nothing to what is made in it."""
+        self._fidelity.prepare_top(target)
+
+    def set_late_flags(self, pinned: int, flags: int) -> None:
+        """Set flags that were held back until all links were made."""
+        opened = beneath.open_pinned(pinned, os.O_RDONLY)
+        try:
+            self._fidelity.set_flags(opened, flags, before_content=False)
+        finally:
+            os.close(opened)
+
+    def carry(self, folder: Folder, name: bytes, *, enter: bool) -> Folder | None:
+        """Copy one entry; of a directory, where it may be entered, only open both ends and return them. Raises OSError, WalkStopped."""
+        try:
+            pinned = beneath.pin(folder.source, name)
+        except OSError as error:
+            if error.errno in beneath.GONE:
+                self.not_carried["vanished"] += 1
+            elif error.errno == errno.EXDEV:
+                self.not_carried["mount point"] += 1
+            else:
+                raise
+            return None
+        try:
+            status = os.fstat(pinned)
+            if stat.S_ISDIR(status.st_mode):
+                if enter:
+                    return self._directory(pinned, folder, name, status)
+                self.not_carried["vanished"] += 1  # it was a file when the directory was read
+            elif status.st_nlink == 1:
+                self._single(pinned, folder, name, status)
+            else:
+                self._linked(pinned, folder, name, status)
+        except FileExistsError:
+            # A directory that changes while it is read may yield one name twice: what it was the first time is copied.
+            pass
+        except OSError as error:
+            if error.errno != errno.ESTALE:  # NFS: removed by another client since it was pinned
+                raise
+            self.not_carried["vanished"] += 1
+        finally:
+            os.close(pinned)
+        return None
+
+    def finish(self, folder: Folder) -> None:
+        """Give a directory, whose content is complete, what belongs to itself."""
+        flags = self._fidelity.read_flags(folder.source)
+        self._fidelity.set_flags(folder.target, flags, before_content=True)
+        self._fidelity.carry(folder.source, folder.target, folder.status)
+        if folder.place.parent is None and flags & HOLDING:
+            flags &= ~HOLDING
+            self.not_carried["inode flags"] += 1
+        self._fidelity.set_flags(folder.target, flags, before_content=False)
+        self._shared.progress.add_directory()
+
+    def _directory(self, pinned: int, folder: Folder, name: bytes, status: os.stat_result) -> Folder:
+        source = beneath.open_pinned(pinned, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.mkdir(name, 0o700, dir_fd=folder.target)
+            target = beneath.open_directory(folder.target, name)
+        except OSError:
+            os.close(source)
+            raise
+        return Folder(source, target, status, Place(name, folder.place), path_below(folder.path, name))
+
+    def _single(self, pinned: int, folder: Folder, name: bytes, status: os.stat_result) -> None:
+        self._shared.progress.add_file()
+        if stat.S_ISREG(status.st_mode):
+            self._file(pinned, folder, name, status)
+        else:
+            self._node(pinned, folder, name, status)
+
+    def _linked(self, pinned: int, folder: Folder, name: bytes, status: os.stat_result) -> None:
+        """Link the name to the copy of the same inode, or make this the first one."""
+        # Held until the first copy is there: another name of the inode must not look for it before.
+        with self._shared.links_guard:
+            try:
+                done = self._shared.links.link(pinned, folder.target, folder.place, name, status.st_nlink)
+            except OSError as error:
+                if error.errno not in _LINK_REFUSED:
+                    raise
+                self.not_carried["hard link"] += 1
+                done = False
+            if not done:
+                self._single(pinned, folder, name, status)
+                return
+        self._shared.progress.add_file()
+        self._tell(folder, name, status, None)
+
+    def _file(self, pinned: int, folder: Folder, name: bytes, status: os.stat_result) -> None:
+        source = beneath.open_pinned(pinned, os.O_RDONLY, self._shared.should_stop)
+        try:
+            target = os.open(name, _NEW_FILE, status.st_mode & 0o777, dir_fd=folder.target)
+            try:
+                flags = self._fidelity.read_flags(source)
+                self._fidelity.set_flags(target, flags, before_content=True)
+                digest = self._ladder.carry(
+                    source, target, status.st_size, status.st_blocks * 512, self._shared.progress.add_bytes
+                )
+                self._fidelity.carry(source, target, status)
+                if status.st_nlink > 1 and flags & HOLDING:
+                    self._shared.links.hold(folder.place, name, flags & HOLDING)  # no link can be made to it once they are set
+                    flags &= ~HOLDING
+                self._fidelity.set_flags(target, flags, before_content=False)
+            finally:
+                os.close(target)
+        finally:
+            os.close(source)
+        self._tell(folder, name, status, digest)
+
+    def _node(self, pinned: int, folder: Folder, name: bytes, status: os.stat_result) -> None:
+        """Copy a symlink, fifo, socket or device: never opened, on either side."""
+        mode = status.st_mode
+        try:
+            if stat.S_ISLNK(mode):
+                os.symlink(os.readlink(b"", dir_fd=pinned), name, dir_fd=folder.target)
+            else:
+                os.mknod(name, stat.S_IFMT(mode) | 0o600, status.st_rdev, dir_fd=folder.target)
+        except OSError as error:
+            if error.errno not in _NODE_REFUSED:
+                raise
+            self.not_carried[_kind(mode)] += 1
+            return
+        made = beneath.pin(folder.target, name)
+        try:
+            self._fidelity.carry(magic_link(pinned), magic_link(made), status)
+        finally:
+            os.close(made)
+        self._tell(folder, name, status, None)
+
+    def _tell(self, folder: Folder, name: bytes, status: os.stat_result, digest: str | None) -> None:
+        if self._shared.observer is not None:
+            self._shared.observer(path_below(folder.path, name), status.st_mode, status.st_size, digest)
+
+
+def _kind(mode: int) -> str:
+    for test, kind in ((stat.S_ISLNK, "symlink"), (stat.S_ISFIFO, "fifo"), (stat.S_ISSOCK, "socket")):
+        if test(mode):
+            return kind
+    return "device"

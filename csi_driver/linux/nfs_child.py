@@ -1,0 +1,174 @@
+"""What a node does to an NFS mount, done in a child that can be killed.
+
+On a hard mount of a dead server every look may wait without end: stat, statfs, opening the mount's root in order to bind it, sync.
+SIGKILL ends such a wait (TASK_KILLABLE), but only of a whole process. So each of these is one run of this module as a program, and
+the driver itself never touches what it mounts for pods.
+
+A child answers with one line of JSON: a result, or the errno of what failed.
+"""
+
+import errno
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from csi_driver.errors import DeadlineExceeded, TatamiError, Unavailable
+from csi_driver.linux import commands, mounts
+from csi_driver.linux.bind_flags import MountAttributes
+from csi_driver.linux.group_change import give_to_group
+from csi_driver.linux.system_calls import sync_filesystem
+from csi_driver.linux.trees import measure_tree
+
+_ROOT = Path(__file__).resolve().parents[2]
+# -I and -S: nothing of the environment, no site-packages; such a start takes some 50 ms.
+_START = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); from csi_driver.linux import nfs_child; nfs_child.main(*sys.argv[1:])"
+)
+_PROGRESS_SECONDS = 0.5
+_SILENCE_SECONDS = 60.0
+"""How long a child that counts on says nothing before its server is taken for dead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a mount holds (as du(1) counts; `complete` False: a floor), and what statvfs(3) says of the filesystem it is of."""
+
+    used_bytes: int
+    used_inodes: int
+    complete: bool
+    total_bytes: int
+    available_bytes: int
+    total_inodes: int
+    available_inodes: int
+
+
+def look(mounted: Path, seconds: float) -> None:
+    """Ask the server about the root of a mount. Raises Unavailable where it does not answer, OSError (ESTALE: it is another's now)."""
+    _ask("look", mounted, seconds=seconds)
+
+
+def bind(mounted: Path, target: Path, attributes: MountAttributes, seconds: float) -> None:
+    """Bind a mount onto `target`. Raises Unavailable where its server does not answer, OSError."""
+    _ask("bind", mounted, os.fspath(target), json.dumps(asdict(attributes)), seconds=seconds)
+
+
+def flush(mounted: Path, seconds: float) -> None:
+    """Bring all that was written to the server. Raises Unavailable where it is not done in time, OSError for what is lost for good."""
+    _ask("flush", mounted, seconds=seconds)
+
+
+def measure(mounted: Path, seconds: float) -> Measured:
+    """Count what the mounted volume holds. Raises Unavailable where its server does not answer, OSError."""
+    return Measured(**_ask("measure", mounted, str(max(0.0, seconds - 2.0)), seconds=seconds))
+
+
+def change_group(mounted: Path, gid: int, seconds: float, should_stop: Callable[[int], bool]) -> int:
+    """Give the mounted volume to a group (group_change.py) and return how many entries it has; 0 where it was done before.
+
+    `should_stop` is told how many were done so far, again and again. Raises Unavailable where the server falls silent, OSError.
+    """
+    last, since = b"", time.monotonic()
+
+    def watch(printed: bytes) -> bool:
+        nonlocal last, since
+        if printed != last:
+            last, since = printed, time.monotonic()
+        counted = printed[: printed.rfind(b"\n") + 1].split()
+        return should_stop(int(counted[-1]) if counted and counted[-1].isdigit() else 0) or (
+            time.monotonic() - since > _SILENCE_SECONDS
+        )
+
+    return int(_ask("change_group", mounted, str(gid), seconds=seconds, watch=watch)["entries"])
+
+
+def _ask(
+    operation: str, mounted: Path, *arguments: str, seconds: float, watch: Callable[[bytes], bool] | None = None
+) -> Mapping[str, Any]:
+    argv = [sys.executable, "-I", "-S", "-c", _START, os.fspath(_ROOT), operation, os.fspath(mounted), *arguments]
+    try:
+        said = commands.run(argv, timeout=seconds, should_stop=watch).stdout
+    except DeadlineExceeded as error:
+        raise Unavailable(f"{mounted}: its server did not answer in time ({operation}, {seconds:g} s)") from error
+    answer = json.loads(said.splitlines()[-1])
+    if "errno" in answer:
+        raise OSError(answer["errno"], answer["error"], os.fspath(mounted))
+    return dict(answer)
+
+
+# --- in the child -----------------------------------------------------------------------------------------------------------------
+
+
+def main(operation: str, mounted: str, *arguments: str) -> None:
+    """Do one operation and print its answer."""
+    try:
+        answer = _OPERATIONS[operation](mounted, *arguments)
+    except OSError as error:
+        answer = {"errno": error.errno or errno.EIO, "error": error.strerror or str(error)}
+    except TatamiError as error:
+        answer = {"errno": errno.EBUSY, "error": str(error)}
+    print(json.dumps(answer))  # noqa: T201  # a program's answer
+
+
+def _look(mounted: str) -> dict[str, Any]:
+    os.stat(mounted)  # noqa: PTH116  # nothing of pathlib in a child that shall start quickly
+    os.statvfs(mounted)  # never answered from a cache
+    return {}
+
+
+def _bind(mounted: str, target: str, attributes: str) -> dict[str, Any]:
+    source = os.open(mounted, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    mounts.bind(source, Path(target), MountAttributes(**json.loads(attributes)))
+    return {}
+
+
+def _flush(mounted: str) -> dict[str, Any]:
+    sync_filesystem(_opened(mounted))
+    return {}
+
+
+def _measure(mounted: str, seconds: str) -> dict[str, Any]:
+    top = _opened(mounted)
+    room = os.fstatvfs(top)
+    used = measure_tree(top, deadline=time.monotonic() + float(seconds))
+    return asdict(
+        Measured(
+            used_bytes=used.bytes,
+            used_inodes=used.inodes,
+            complete=used.complete,
+            total_bytes=room.f_blocks * room.f_frsize,
+            available_bytes=room.f_bavail * room.f_frsize,
+            total_inodes=room.f_files,
+            available_inodes=room.f_favail,
+        )
+    )
+
+
+def _change_group(mounted: str, gid: str) -> dict[str, Any]:
+    said = time.monotonic()
+
+    def on_entry(done: int) -> bool:
+        nonlocal said
+        if time.monotonic() - said > _PROGRESS_SECONDS:
+            said = time.monotonic()
+            print(done, flush=True)  # noqa: T201  # for `watch`
+        return False
+
+    return {"entries": give_to_group(_opened(mounted), int(gid), on_entry)}
+
+
+def _opened(mounted: str) -> int:
+    return os.open(mounted, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+_OPERATIONS: Mapping[str, Callable[..., dict[str, Any]]] = {
+    "look": _look,
+    "bind": _bind,
+    "flush": _flush,
+    "measure": _measure,
+    "change_group": _change_group,
+}

@@ -1,0 +1,151 @@
+"""Snapshots, restores and clones on a server: complete, by the best way that the protocol has, also across a crash."""
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import stat
+import threading
+import time
+
+import grpc
+import pytest
+from driver_in_guest import shell
+
+from csi_driver.rpc import csi_pb2 as csi
+
+
+def fill(top: pathlib.Path, *, xattrs: bool) -> None:
+    """Put one of everything into a volume; as root of a node, over NFS."""
+    (top / "dir/deep").mkdir(parents=True)
+    for number in range(20):
+        (top / f"dir/file-{number}").write_bytes(os.urandom(1 + number * 700))
+    (top / "large").write_bytes(os.urandom(3 << 20))
+    with (top / "sparse").open("wb") as file:
+        file.write(b"begin")
+        file.seek(8 << 20)
+        file.write(b"end")
+    os.link(top / "large", top / "dir/deep/same")
+    os.symlink("../nowhere", top / "dir/link")
+    os.mkfifo(top / "dir/fifo")
+    os.chown(top / "dir/file-1", 1234, 5678)
+    os.chown(top / "dir/link", 4321, 8765, follow_symlinks=False)
+    os.chown(top / "dir/deep", 99, 99)
+    (top / "dir/file-2").chmod(0o640)
+    (top / "dir/file-3").chmod(0o4755)
+    (top / "dir").chmod(0o2775)
+    if xattrs:
+        os.setxattr(top / "large", "user.colour", b"blue")
+        os.setxattr(top / "dir/deep", "user.depth", b"\x00\xff")
+    for path in sorted(top.rglob("*"), reverse=True):
+        os.utime(path, ns=(10**18 + 17, 10**18 + 123456789), follow_symlinks=False)
+
+
+def described(top: pathlib.Path, *, xattrs: bool) -> dict:
+    """Say of each entry all that must survive."""
+    found = {}
+    inodes: dict[int, str] = {}
+    for path in sorted(top.rglob("*")):
+        status = path.lstat()
+        name = str(path.relative_to(top))
+        entry = [oct(status.st_mode), status.st_uid, status.st_gid, status.st_mtime_ns, inodes.setdefault(status.st_ino, name)]
+        if stat.S_ISREG(status.st_mode):
+            entry += [status.st_size, hashlib.sha256(path.read_bytes()).hexdigest()]
+        if stat.S_ISLNK(status.st_mode):
+            entry.append(os.readlink(path))
+        elif xattrs and (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            entry.append({key: os.getxattr(path, key) for key in os.listxattr(path) if key.startswith("user.")})
+        found[name] = entry
+    return found
+
+
+def mounted(cluster, volume, node: int = 0) -> pathlib.Path:
+    """Mount a volume on a node; return its path as the test process reaches it."""
+    use = cluster.use(volume, node)
+    return use.driver.node.path(cluster.mount(use))
+
+
+@pytest.mark.parametrize("pool", ["default", "v41", "v3"])
+def test_a_snapshot_a_restore_and_a_clone_are_complete(cluster, story_server, pool):
+    xattrs = pool == "default"  # RFC 8276: from 4.2 on
+    origin = cluster.create(f"origin-{pool}", pool=pool)
+    top = mounted(cluster, origin)
+    fill(top, xattrs=xattrs)
+    expected = described(top, xattrs=xattrs)
+    snapshot = cluster.snapshot(f"snapshot-{pool}", origin)
+    # After the cut, the origin goes its own way.
+    (top / "large").write_bytes(b"changed")
+    (top / "dir/file-0").unlink()
+    restored = cluster.create(f"restored-{pool}", pool=pool, snapshot=snapshot)
+    assert described(mounted(cluster, restored, 1), xattrs=xattrs) == expected
+    clone = cluster.create(f"clone-{pool}", pool=pool, volume=restored.handle)
+    found = mounted(cluster, clone, 1)
+    assert described(found, xattrs=xattrs) == expected
+    # Holes stay holes, as far as the protocol can tell where they are (SEEK_HOLE: 4.2), and zeros do not come instead.
+    if pool == "default":
+        assert (found / "sparse").stat().st_blocks * 512 < 1 << 20
+    for volume, node in ((origin, 0), (restored, 1), (clone, 1)):
+        cluster.unmount(cluster.use(volume, node))
+        cluster.delete(volume)
+    cluster.controller.insist("DeleteSnapshot", csi.DeleteSnapshotRequest(snapshot_id=snapshot))
+
+
+def test_over_42_on_xfs_a_snapshot_shares_every_extent_with_its_volume(cluster, story_server):
+    origin = cluster.create("sharing", pool="default")
+    top = mounted(cluster, origin)
+    (top / "large").write_bytes(os.urandom(16 << 20))
+    shell(cluster.nodes[0], f"sync -f {cluster.use(origin).target}")
+    snapshot = cluster.snapshot("sharing", origin)
+    clone = cluster.create("sharing-clone", pool="default", snapshot=snapshot)
+    place = next(story_server.tree("/srv/xfs/default/.csi/snapshots-data").glob(f"{snapshot.rpartition('.')[2]}/large"))
+    assert extents(story_server, f"/srv/xfs/default/.csi/snapshots-data/{place.parent.name}/large") == {"shared"}
+    assert extents(story_server, f"/srv/xfs/default/{cluster.attach(cluster.use(clone))['directory']}/large") == {"shared"}
+    cluster.detach(cluster.use(clone))
+    cluster.unmount(cluster.use(origin))
+
+
+def extents(server, path: str) -> set[str]:
+    """Return the kinds of a file's extents on the server's own filesystem, from filefrag's flags (FIEMAP)."""
+    lines = server.node.run(["/usr/sbin/filefrag", "-v", path]).stdout.splitlines()
+    rows = [line for line in lines if line.strip()[:1].isdigit()]
+    assert rows, lines
+    return {"shared" if "shared" in line else "own" for line in rows}
+
+
+def test_a_controller_that_is_killed_during_captures_leaves_nothing_half_and_the_retry_is_whole(cluster, story_server):
+    # Over 4.1 each file is read and written, which takes long enough to be killed in the midst of.
+    origin = cluster.create("killed", pool="v41")
+    top = mounted(cluster, origin)
+    for number in range(150):
+        (top / f"file-{number}").write_bytes(os.urandom(2000))
+    for number in range(6):
+        (top / f"large-{number}").write_bytes(os.urandom(4 << 20))
+    expected = described(top, xattrs=False)
+    control = story_server.tree("/srv/xfs/v41/.csi")
+    request = csi.CreateSnapshotRequest(name="killed", source_volume_id=origin.handle)
+    caught = 0
+    for delay in (0.1, 0.3, 0.6, 1.0):
+        threading.Thread(target=ask, args=(cluster.controller, request), daemon=True).start()
+        until = time.monotonic() + 20
+        while not any((control / "staging").iterdir()) and time.monotonic() < until:
+            time.sleep(0.005)
+        time.sleep(delay)
+        caught += any((control / "staging").iterdir())
+        cluster.controller.kill()
+        # What is there is the whole snapshot or none.
+        for place in (control / "snapshots-data").iterdir():
+            assert described(place, xattrs=False) == expected
+        cluster.controller.start()
+    assert caught, "no kill came while a copy was under way"
+    snapshot = cluster.snapshot("killed", origin)
+    restored = cluster.create("killed-restored", pool="v41", snapshot=snapshot)
+    assert described(mounted(cluster, restored, 1), xattrs=False) == expected
+    assert not list((control / "staging").iterdir())
+    cluster.unmount(cluster.use(origin))
+    cluster.unmount(cluster.use(restored, 1))
+
+
+def ask(driver, request) -> None:
+    """Ask once; the answer does not come."""
+    with contextlib.suppress(grpc.RpcError, ValueError):  # ValueError: the channel was closed meanwhile
+        driver.call("CreateSnapshot", request, 30)

@@ -1,0 +1,162 @@
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from bench import MIB, make_bench, mount_capability
+from trees import fill
+
+from csi_driver.config import HostPathPool
+from csi_driver.errors import AlreadyExists, FailedPrecondition, InvalidArgument, ResourceExhausted
+from csi_driver.volumes.handles import VOLUME
+from csi_driver.volumes.inline import inline_name
+from csi_driver.volumes.model import DEFAULT_CAPACITY_BYTES, AccessMode, OnDelete, Page
+from csi_driver.volumes.parameters import EPHEMERAL
+
+pytestmark = pytest.mark.root
+
+
+def publish(bench, handle="csi-1", pod="pod", capability=None, readonly=False, **words):
+    context = {EPHEMERAL: "true", "csi.storage.k8s.io/pod.name": "a-pod", **words}
+    return bench.publish(handle, pod, capability, readonly, volume_context=context)
+
+
+def records(bench):
+    return [record for store in bench.domain.pools for record in store.volumes.readable()]
+
+
+def test_an_inline_volume_is_made_for_its_pod_and_gone_with_it(bench):
+    target = publish(bench, size="100Mi")
+    fill(target)
+    assert target.stat().st_mode & 0o7777 == 0o777
+    (record,) = records(bench)
+    assert (record.pool, record.capacity_bytes, record.ephemeral) == ("default", 100 * MIB, True)
+    assert bench.node.stats("csi-1", str(target), time.monotonic() + 30).bytes.total == 100 * MIB
+    assert bench.node.health("csi-1", str(target), "").entries == ()
+    bench.node.unpublish("csi-1", str(target))
+    assert not target.exists()
+    assert records(bench) == []
+    assert bench.domain.state.get("csi-1") is None
+    bench.sweep()
+    assert bench.leftovers() == []
+    bench.node.unpublish("csi-1", str(target))
+
+
+def test_publishing_twice_keeps_what_the_pod_has_written(bench):
+    target = publish(bench)
+    (target / "written").write_text("x")
+    assert publish(bench.restarted()) == target
+    assert (target / "written").read_text() == "x"
+    assert [record.capacity_bytes for record in records(bench)] == [DEFAULT_CAPACITY_BYTES]
+
+
+def test_the_cluster_sees_nothing_of_inline_volumes(bench):
+    publish(bench)
+    assert bench.volumes.list(Page()) == ([], "")
+    assert bench.health.list(Page()) == ([], "")
+
+
+def test_a_pod_may_name_a_pool_only_where_the_admin_allows_it(bench):
+    publish(bench, "csi-1", "one", pool="other")
+    assert [record.pool for record in records(bench)] == ["other"]
+    for pool in ("spread", "default", "fast"):
+        with pytest.raises(InvalidArgument, match="pools that pods may name: other"):
+            publish(bench, "csi-2", "two", pool=pool)
+    assert len(records(bench)) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"directory": "../.."},
+        {"path": "/etc"},
+        {"onDelete": "retain"},
+        {"mode": "4777"},
+        {"uid": "0"},
+        {"size": "lots"},
+        {"size": "-1"},
+        {"pool": "../x"},
+    ],
+)
+def test_what_a_pod_author_may_not_say_is_refused_and_nothing_is_made(bench, words):
+    with pytest.raises(InvalidArgument, match="volume_context"):
+        publish(bench, **words)
+    assert records(bench) == []
+    assert not Path(bench.target("pod")).exists()
+    assert bench.leftovers() == []
+
+
+def test_more_than_the_pool_holds_is_refused(bench):
+    with pytest.raises(ResourceExhausted):
+        publish(bench, size="7Ei")
+    assert records(bench) == []
+
+
+def test_what_is_asked_otherwise_the_second_time_is_refused(bench):
+    publish(bench, size="1Mi")
+    with pytest.raises(AlreadyExists, match="capacity_range"):
+        publish(bench, size="2Mi")
+    with pytest.raises(AlreadyExists, match="readonly"):
+        publish(bench, size="1Mi", readonly=True)
+
+
+def test_an_inline_volume_may_be_read_only_or_without_programs(bench):
+    reader = publish(bench, "csi-1", "reader", readonly=True)
+    with pytest.raises(OSError, match="Read-only"):
+        (reader / "x").touch()
+    flagged = publish(bench, "csi-2", "flagged", mount_capability(AccessMode.SINGLE_NODE_WRITER, "noexec"))
+    (flagged / "script").write_text("#!/bin/sh\n")
+    (flagged / "script").chmod(0o755)
+    with pytest.raises(PermissionError):
+        subprocess.run([flagged / "script"], check=True)
+
+
+def test_an_inline_volume_that_was_made_but_not_written_down_goes_with_unpublish(bench):
+    # As after a kill between the two: the pool has the volume, the node knows nothing of it.
+    bench.node._publisher._inline.create("csi-1", bench.pool(), mount_capability(), {EPHEMERAL: "true"})
+    assert len(records(bench)) == 1
+    bench.restarted().node.unpublish("csi-1", bench.target("pod"))
+    assert records(bench) == []
+    bench.sweep()
+    assert bench.leftovers() == []
+
+
+def test_a_claims_volume_is_never_taken_for_an_inline_one(bench):
+    volume = bench.create("csi-1")
+    bench.node.unpublish("csi-1", bench.target("pod"))
+    bench.node.unpublish(volume.record.handle, bench.target("pod"))
+    assert bench.volumes.get(volume.record.handle) == volume
+    bench.stage(volume.record.handle)
+    with pytest.raises(AlreadyExists, match="no inline volume"):
+        publish(bench, volume.record.handle)
+    assert len(records(bench)) == 1
+
+
+def test_foreign_files_at_the_target_are_left_and_unpublish_removes_the_volume(bench):
+    target = Path(bench.target("pod"))
+    target.mkdir()
+    (target / "theirs").write_text("kept")
+    with pytest.raises(FailedPrecondition, match="left as they are"):
+        publish(bench)
+    bench.node.unpublish("csi-1", str(target))
+    assert (target / "theirs").read_text() == "kept"
+    assert records(bench) == []
+
+
+def test_what_on_delete_keeps_is_never_an_inline_volume(bench):
+    target = publish(bench)
+    handle = bench.pool().handle_of(bench.pool().id_of(VOLUME, inline_name("csi-1")))
+    bench.volumes.modify(handle, OnDelete.RETAIN)
+    bench.node.unpublish("csi-1", str(target))
+    bench.sweep()
+    assert bench.leftovers() == []
+
+
+def test_without_a_default_pool_the_pod_must_name_one(tmp_path):
+    bench = make_bench(
+        tmp_path, (HostPathPool("one", tmp_path / "one", inline=True), HostPathPool("two", tmp_path / "two")), default_pool=None
+    )
+    with pytest.raises(InvalidArgument, match="pool"):
+        publish(bench)
+    publish(bench, pool="one")
+    bench.node.unpublish("csi-1", bench.target("pod"))
