@@ -302,15 +302,23 @@ def test_idle_clients_cannot_keep_a_probe_out(serving):
         assert get(endpoint, "/healthz")[0] == 200
         assert time.monotonic() - began < 2
         idle[0].settimeout(2)  # well before a request times out by itself
-        assert idle[0].recv(1) == b""  # the oldest gave way
+        assert_cut(idle[0])  # the oldest gave way
         workers = [thread for thread in threading.enumerate() if "process_request_thread" in thread.name]
         assert len(workers) <= http_endpoint.MAX_CONNECTIONS + 2
+
+
+def assert_cut(connection):
+    """The other side has ended it: in order, or with a reset where bytes of ours were still unread there (tcp(7))."""
+    try:
+        assert connection.recv(1) == b""
+    except ConnectionResetError:
+        pass
 
 
 def test_a_silent_client_is_cut_off_in_time(serving):
     endpoint = serving(Metrics())
     with socket.create_connection(("127.0.0.1", endpoint.port), timeout=http_endpoint.REQUEST_SECONDS + 3) as silent:
-        assert silent.recv(1) == b""
+        assert_cut(silent)
 
 
 def test_stopping_ends_the_listener_its_thread_and_open_connections(metrics):
@@ -322,7 +330,7 @@ def test_stopping_ends_the_listener_its_thread_and_open_connections(metrics):
         eventually(lambda: len(set(threading.enumerate()) - before) == 2)
         endpoint.stop()
         idle.settimeout(2)
-        assert idle.recv(1) == b""
+        assert_cut(idle)
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", endpoint.port), timeout=10)
     eventually(lambda: set(threading.enumerate()) <= before)
