@@ -98,8 +98,9 @@ class NfsBackend:
             found.append(
                 Shortcoming(
                     "RootSquashed",
-                    f"pool {self.name}: {self._source()} squashes root to uid {self._squashed_to}: owners cannot be set or kept in "
-                    "copies, and files of others may be neither read nor removed; export it with `no_root_squash` to the controller",
+                    # CSI cuts at 128 bytes: what helps comes first.
+                    f"pool {self.name}: root is uid {self._squashed_to} there; export it to the controller with `no_root_squash`: owners "
+                    f"cannot be set or kept in copies, and files of others may be neither read nor removed ({self._source()})",
                 )
             )
         if self._share.local_locks:

@@ -1,8 +1,9 @@
 """A pool's share, mounted once for the controller: when it is needed, for as long as it is used, and watched meanwhile.
 
-Its server may die at any time. The mount gives ETIMEDOUT after half a minute then, instead of hanging for ever (share_options); a
-thread of each mounted share asks the server every two seconds, and once an answer is four seconds late, nobody else goes near it:
-`root` raises at once until the server has answered again. So a dead server costs a few threads half a minute, and no more.
+Its server may die at any time. Most calls get ETIMEDOUT after half a minute then (share_options), but one that opens a file after the
+lease has run out waits until the server is back (nfs4_client_recover_expired_lease), and only SIGKILL would end it. So a thread of
+each mounted share asks the server every two seconds, and once an answer is four seconds late, nobody else goes near it: `root`
+raises at once until the server has answered again. A dead server costs the few threads that were on their way, and no more.
 """
 
 import contextvars
@@ -19,6 +20,7 @@ from csi_driver.backends.base import in_background
 from csi_driver.errors import DeadlineExceeded, TatamiError, Unavailable
 from csi_driver.linux import mounts
 from csi_driver.linux.mount_table import MountTable
+from csi_driver.linux.mountinfo import Mount
 from csi_driver.linux.nfs_mounts import LockManagerMissing, mount_nfs
 from csi_driver.linux.nfs_options import NfsOption, parse_nfs_options
 
@@ -44,7 +46,7 @@ class Share:
         self._table = MountTable(directory)
         self._lock = threading.Lock()  # held by whoever mounts or unmounts
         self._stop = threading.Event()
-        self._mount_id = -1
+        self._mounted: Mount | None = None
         self._used = 0.0
         self._failed_at = -_RETRY_SECONDS
         self._failure: str | None = None
@@ -73,15 +75,15 @@ class Share:
 
     @property
     def dormant(self) -> bool:
-        return self.generation > 0 and self._mount_id < 0
+        return self.generation > 0 and self._mounted is None
 
     def renew(self) -> None:
         """Mount the share again where its root is stale. Raises Unavailable."""
-        seen = self._mount_id
+        seen = self.generation
         if not self._is_stale():
             return
         with self._alone():
-            if self._mount_id == seen:
+            if self.generation == seen:
                 _log.warning("a share is stale and is mounted again", extra={"pool": self._pool, "source": self._source})
                 self._detach()
                 self._mount_locked()
@@ -92,14 +94,15 @@ class Share:
         with suppress(Unavailable, OSError, DeadlineExceeded), self._alone():
             if self._is_mounted():
                 mounts.unmount_all(self._directory, _WAIT_SECONDS)
-            self._mount_id = -1
+            self._mounted = None
             self._table.close()
 
     # --- mounting -----------------------------------------------------------------------------------------------------------------
 
     def _is_mounted(self) -> bool:
-        top = self._table.top()
-        return top is not None and top.mount_id == self._mount_id
+        top, own = self._table.top(), self._mounted
+        # The kernel gives a free id again to the next mount, so the id alone does not tell.
+        return top is not None and own is not None and _identity(top) == _identity(own)
 
     def _mount(self) -> None:
         if time.monotonic() - self._failed_at < _RETRY_SECONDS:
@@ -112,7 +115,7 @@ class Share:
         if self._stop.is_set():
             raise Unavailable(f"pool {self._pool}: the driver is shutting down")
         try:
-            self._mount_id = self._mount_anew()
+            self._mounted = self._mount_anew()
         except (TatamiError, OSError) as error:
             # Whatever it is, it is the pool's trouble: a missing share must not be taken for a missing volume.
             self._failed_at, self._failure = time.monotonic(), str(error)
@@ -123,23 +126,23 @@ class Share:
         _log.info("share mounted", extra={"pool": self._pool, "source": self._source, "at": str(self._directory)})
         # A context of its own: the thread outlives the call that needed the share.
         watch = contextvars.Context().run
-        threading.Thread(target=watch, args=(self._watch, self._mount_id), name=f"share {self._pool}", daemon=True).start()
+        threading.Thread(target=watch, args=(self._watch, self.generation), name=f"share {self._pool}", daemon=True).start()
 
-    def _mount_anew(self) -> int:
+    def _mount_anew(self) -> Mount:
         self._directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._directory.mkdir(mode=0o700, exist_ok=True)
         # What an earlier process left may be the same share with other options, or another pool's.
         mounts.unmount_all(self._directory, _WAIT_SECONDS * 2)
         try:
-            return mount_nfs(self._source, self._directory, self._options, seconds=MOUNT_SECONDS).mount_id
+            return mount_nfs(self._source, self._directory, self._options, seconds=MOUNT_SECONDS)
         except LockManagerMissing:
             nolock = (*self._options, *parse_nfs_options(["nolock"], "share"))
-            mount_id = mount_nfs(self._source, self._directory, nolock, seconds=MOUNT_SECONDS).mount_id
+            mounted = mount_nfs(self._source, self._directory, nolock, seconds=MOUNT_SECONDS)
             self.local_locks = True
-            return mount_id
+            return mounted
 
     def _detach(self) -> None:
-        self._mount_id = -1
+        self._mounted = None
         with suppress(OSError):  # EINVAL: it is gone
             mounts.unmount(self._directory, lazy=True)
 
@@ -165,17 +168,18 @@ class Share:
                 f"pool {self._pool}: the server of {self._source} does not answer since {when} UTC ({now - since:.0f} s); try again later"
             )
 
-    def _watch(self, mount_id: int) -> None:
-        while not self._stop.is_set() and self._mount_id == mount_id:
+    def _watch(self, generation: int) -> None:
+        while not self._stop.is_set() and self.generation == generation and self._mounted is not None:
             self._ask()
             if time.monotonic() - self._used > IDLE_SECONDS:
-                self._release(mount_id)
+                self._release(generation)
             self._stop.wait(ASK_SECONDS)
 
     def _ask(self) -> None:
         asked = self._asked_at = time.monotonic()
         try:
-            self._directory.stat()
+            # Not stat(2): a soft mount answers that from its cache when the server does not (softreval, nfs(5)), and 6.1 cannot leave it.
+            os.statvfs(self._directory)
         except OSError as error:
             if error.errno == errno.ESTALE:
                 self._asked_at = None
@@ -193,20 +197,24 @@ class Share:
 
     def _is_stale(self) -> bool:
         try:
-            os.stat(self._directory)  # noqa: PTH116
+            os.statvfs(self._directory)
         except OSError as error:
             return error.errno == errno.ESTALE
         return False
 
-    def _release(self, mount_id: int) -> None:
+    def _release(self, generation: int) -> None:
         """Let the idle share go, plainly: what is still in use stays."""
         with suppress(Unavailable), self._alone():
-            if self._mount_id != mount_id or time.monotonic() - self._used <= IDLE_SECONDS:
+            if self.generation != generation or time.monotonic() - self._used <= IDLE_SECONDS:
                 return
             try:
                 mounts.unmount(self._directory, timeout=_WAIT_SECONDS)
             except (OSError, DeadlineExceeded):
                 self._used = time.monotonic()
             else:
-                self._mount_id = -1
+                self._mounted = None
                 _log.info("idle share let go", extra={"pool": self._pool, "source": self._source})
+
+
+def _identity(mount: Mount) -> tuple[int, str, str]:
+    return mount.mount_id, mount.device, mount.source

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Self
 
 from csi_driver.errors import FailedPrecondition, InvalidArgument, NotFound, OperationPending, RecordDamaged, quoted
@@ -20,10 +21,12 @@ from csi_driver.volumes.jobs import JobCancelled, JobControl
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import CaptureReport, Ownership, SourceKind, VolumeRecord
 from csi_driver.volumes.pools import SNAPSHOT_DATA, STAGING, PoolStore, exists_at
+from csi_driver.volumes.trash import volumes_being_deleted
 
 _NEW_VOLUME_MODE = 0o755
 _PARENT_MODE = 0o755
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_REMOTE_WORKERS = 16  # where each step of a copy is a round trip (linux/copies.py)
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ class Contents:
         with _open_source(source) as origin, store.open(STAGING) as staging:
             os.mkdir(name, 0o700, dir_fd=staging)
             with _Descriptor(os.open(name, _DIRECTORY, dir_fd=staging)) as target:
-                report = copy_tree(origin.fd, target.fd, progress=job.progress, should_stop=job.should_stop)
+                workers = _REMOTE_WORKERS if store.backend.remote else 1
+                report = copy_tree(origin.fd, target.fd, progress=job.progress, should_stop=job.should_stop, workers=workers)
                 if job.should_stop():
                     raise JobCancelled(f"the copy for {record_id} was stopped")
                 files.sync_filesystem(target.fd)
@@ -134,6 +138,27 @@ class Contents:
         """Tell whether a snapshot's content is in place: it gets there complete or not at all."""
         with store.open(SNAPSHOT_DATA) as data:
             return exists_at(data, record_id)
+
+    @contextmanager
+    def hold_own(self, store: PoolStore, record: VolumeRecord) -> Iterator[bool]:
+        """Tell whether a volume whose record is in the trash still lies in its place, and keep others from taking the place meanwhile.
+
+        An inode's number is given again once its owner is gone, so another volume may have it, in the same place: its record says so.
+        Raises OperationPending, RecordDamaged (what cannot be read might be that one's).
+        """
+        with self._hold_place(store, record.directory):
+            try:
+                with store.open_volume(record.directory) as top:
+                    inode = os.fstat(top).st_ino
+            except NotFound:
+                yield False
+                return
+            own = inode == record.content_inode
+            for other in store.volumes.each():
+                if isinstance(other, RecordDamaged):
+                    raise other
+                own = own and (other.directory, other.content_inode) != (record.directory, inode)
+            yield own
 
     def release_claim(self, store: PoolStore, record: VolumeRecord) -> None:
         """Remove the empty directory that a creation which now fails had claimed."""
@@ -200,7 +225,7 @@ class Contents:
         if known in self._known_parents:
             return
         # A directory inside a volume would belong to that volume's tenant: whatever he likes, he could put in its place.
-        for other in store.volumes.readable():
+        for other in chain(store.volumes.readable(), volumes_being_deleted(store)):
             if other.directory == parent:
                 raise InvalidArgument(
                     f"directory {quoted(directory)} would lie inside volume {other.handle} ({other.directory}) of pool {store.name}"

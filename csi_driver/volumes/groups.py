@@ -1,8 +1,8 @@
 """Group snapshots: the snapshots of several volumes, which exist all together or not at all."""
 
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from csi_driver.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, quoted
@@ -14,6 +14,7 @@ from csi_driver.volumes.pools import Pools, PoolStore, new_token
 from csi_driver.volumes.removal import SnapshotRemoval
 from csi_driver.volumes.snapshots import Snapshots, show
 from csi_driver.volumes.sources import Sources
+from csi_driver.volumes.trash import begin_deletion, unfinished_deletions
 
 
 class Groups:
@@ -66,26 +67,47 @@ class Groups:
         store, group_id = located
         self._jobs.cancel(group_id)
         with self._locks.hold(store, f"group:{group_id}"):
+            self.complete_removal(store, group_id)
             record = store.groups.get(group_id)
             if record is None:
                 return
             _require_members(record, snapshot_handles)
-            self.finish_removal(store, record)
+            self.remove(store, record)
 
-    def finish_removal(self, store: PoolStore, record: GroupRecord) -> None:
-        """Complete the removal of a group; the caller holds its lock. Every step may have been done before."""
+    def remove(self, store: PoolStore, record: GroupRecord) -> None:
+        """Delete a group; the caller holds its lock. Raises FailedPrecondition while a restore reads a member."""
+        with self._hold_members(store, record) as members:
+            deletion = begin_deletion(store, GROUP, store.groups, record.id)
+            for member in members:
+                self._removal.take(store, member)
+        deletion.complete()
+
+    def complete_removal(self, store: PoolStore, group_id: str) -> int:
+        """Complete the deletions of this id that were cut off; the caller holds the group's lock. Returns how many there were.
+
+        It comes before a new group of this id: the members of both have the same ids.
+        """
+        deletions = unfinished_deletions(store, GROUP, group_id)
+        for deletion in deletions:
+            if (record := deletion.record(store.groups)) is not None:
+                with self._hold_members(store, record) as members:
+                    for member in members:
+                        self._removal.take(store, member)
+            deletion.complete()
+        return len(deletions)
+
+    @contextmanager
+    def _hold_members(self, store: PoolStore, record: GroupRecord) -> Iterator[list[SnapshotRecord]]:
+        """Keep everybody from the members that there are. Raises OperationPending, FailedPrecondition."""
         with ExitStack() as held:
             members = []
             for member_id in _member_ids(record):
                 held.enter_context(self._locks.hold(store, f"snapshot:{member_id}"))
+                self._removal.complete(store, member_id)
                 if member := store.snapshots.get(member_id):
                     held.enter_context(self._removal.hold(store, member))
                     members.append(member)
-            if record.phase is not Phase.DELETING:
-                record = store.groups.replace(replace(record, phase=Phase.DELETING))
-            for member in members:
-                self._removal.take(store, member)
-        store.groups.remove(record.id)
+            yield members
 
     # --- create, step by step -------------------------------------------------------------------------------------------------------
 
@@ -94,7 +116,7 @@ class Groups:
         for store in self._pools:
             record_id = store.id_of(GROUP, name)
             record = store.groups.get(record_id) if store.name in own else store.glance(store.groups, record_id)
-            if record is None or record.phase is Phase.DELETING:
+            if record is None:
                 continue
             _require_same(record, sources)
             return store, record
@@ -115,10 +137,8 @@ class Groups:
     ) -> GroupSnapshot:
         with self._locks.hold(store, f"group:{group_id}"):
             record = store.groups.get(group_id)
-            if record is not None and record.phase is Phase.DELETING:
-                self.finish_removal(store, record)
-                record = None
             if record is None:
+                self.complete_removal(store, group_id)
                 record = self._begin(store, group_id, name, sources)
             if record.phase is Phase.CREATING:
                 try:

@@ -11,12 +11,14 @@ import errno
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 from csi_driver.errors import FailedPrecondition, InvalidArgument, NotFound, quoted
 from csi_driver.volumes import access
 from csi_driver.volumes.model import Capability, Layout, Phase, VolumeRecord
 from csi_driver.volumes.parameters import check_directory, parse_static_parameters
 from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.trash import volumes_being_deleted
 
 _NUMBER = re.compile(r"[0-9]{1,18}", re.ASCII)
 _ELSEWHERE = frozenset({errno.ELOOP, errno.EXDEV, errno.ENOTDIR})
@@ -89,7 +91,7 @@ def find_static(store: PoolStore, volume_context: Mapping[str, str]) -> str:
     Raises NotFound, InvalidArgument for one that overlaps a volume of ours or is reached through a symlink or a mount.
     """
     directory = parse_static_parameters(volume_context).directory
-    for record in store.volumes.readable():
+    for record in chain(store.volumes.readable(), volumes_being_deleted(store)):
         if _overlap(record.directory, directory):
             raise InvalidArgument.field(
                 'volume_context["directory"]', directory, f"it overlaps volume {record.handle} ({record.directory})"

@@ -8,7 +8,8 @@
     retained/ archived/                 records that no longer answer to a name
     snapshots-data/<id>/                the content of snapshots
     staging/<id>.<token>/               content that is being made
-    trash/<id>.<token>/                 what was deleted (data and record) or given up (data), until the reaper has removed it
+    trash/<id>.<token>/                 the data of what was deleted or given up, until the reaper has removed it
+    trash/<id>.<token>.<kind>.json      the record of what is being deleted, until its data is in the trash as well
   <directory of a volume>
 """
 
@@ -38,7 +39,6 @@ FORMAT_VERSION = 1
 VOLUMES, SNAPSHOTS, GROUPS = "volumes", "snapshots", "groups"
 RETAINED, ARCHIVED = "retained", "archived"
 SNAPSHOT_DATA, STAGING, TRASH = "snapshots-data", "staging", "trash"
-TRASHED_DATA, TRASHED_RECORD = "data", "record.json"
 _FOLDERS = (VOLUMES, SNAPSHOTS, GROUPS, RETAINED, ARCHIVED, SNAPSHOT_DATA, STAGING, TRASH)
 ARCHIVE_DIRECTORY = "archived"
 """Where, beside the volumes, the data of `onDelete: archive` goes."""
@@ -254,13 +254,13 @@ class PoolStore:
         return self.backend.space()
 
     def glance(self, records: RecordFolder[_Record], record_id: str) -> _Record | None:
-        """Read a record for a call that is about another pool: None also where this one does not answer soon.
+        """Read a record for a call that is about another pool: None also where this one does not answer soon, or is not there.
 
-        A server that is away must not keep others from being served. Raises RecordDamaged.
+        A server or a disk that is away must not keep others from being served. Raises RecordDamaged.
         """
-        if not self.backend.remote:
-            return records.get(record_id)
         try:
+            if not self.backend.remote:
+                return records.get(record_id)
             return self._glances.ask(lambda: records.get(record_id))
         except (Unavailable, OSError) as away:
             _log.warning("a pool was not looked into", extra={"pool": self.name, "error": str(away)})
@@ -291,51 +291,9 @@ class PoolStore:
             files.sync_directory(parent)
         self._trash_filled.set()
 
-    def trash_snapshot_data(self, record_id: str, trash_name: str) -> None:
-        with self.open(SNAPSHOT_DATA) as data:
-            self._trash_data(data, record_id, trash_name)
-
-    def trash_directory(self, directory: str, trash_name: str) -> None:
-        """Move a volume's directory to the trash; one that is gone already is fine."""
-        try:
-            with self.open_parent(directory) as (parent, name):
-                self._trash_data(parent, name, trash_name)
-        except FileNotFoundError:
-            return
-
-    def trash_record(
-        self, records: RecordFolder[VolumeRecord] | RecordFolder[SnapshotRecord], record_id: str, trash_name: str
-    ) -> None:
-        """Move the record after its data: from here on the name is free, and the reaper may begin."""
-        with self._trash_entry(trash_name) as entry:
-            records.move(record_id, entry, TRASHED_RECORD)
+    def wake_reaper(self) -> None:
+        """Say that there is something in the trash."""
         self._trash_filled.set()
-
-    def _trash_data(self, parent: int, name: str, trash_name: str) -> None:
-        with self._trash_entry(trash_name) as entry:
-            if exists_at(entry, TRASHED_DATA):
-                return  # moved before a crash: what has the name now is another's
-            try:
-                os.rename(name, TRASHED_DATA, src_dir_fd=parent, dst_dir_fd=entry)
-            except FileNotFoundError:
-                return
-            files.sync_directory(entry)
-            files.sync_directory(parent)
-        self._trash_filled.set()
-
-    @contextmanager
-    def _trash_entry(self, trash_name: str) -> Iterator[int]:
-        with self.open(TRASH) as trash:
-            try:
-                os.mkdir(trash_name, 0o700, dir_fd=trash)
-                files.sync_directory(trash)
-            except FileExistsError:
-                pass
-            descriptor = os.open(trash_name, _DIRECTORY, dir_fd=trash)
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
 
     # --- topology -----------------------------------------------------------------------------------------------------------------
 

@@ -84,7 +84,6 @@ class Provisioner:
         for capability in request.capabilities:
             if problem := access.unsupported(capability, store.backend):
                 raise InvalidArgument(problem)
-        access.check_ownership(request.parameters.ownership, store.backend)
         if not store.reachable_from(request.requisite):
             raise ResourceExhausted(f"pool {store.name} can only be reached from {dict(store.backend.topology() or {})}")
         return store
@@ -107,6 +106,7 @@ class Provisioner:
                 self._removal.finish(store, record)
                 record = None
             if record is None:
+                self._removal.complete(store, record_id)
                 record = self._begin(store, record_id, request)
             if record.phase is Phase.CREATING:
                 record = self._complete(store, record, job)
@@ -115,6 +115,7 @@ class Provisioner:
     def _begin(self, store: PoolStore, record_id: str, request: CreateVolume) -> VolumeRecord:
         capacity = self._choose_capacity(store, request)
         parameters = request.parameters
+        access.check_ownership(parameters.ownership, store.backend)
         record = VolumeRecord(
             id=record_id,
             handle=store.handle_of(record_id),
@@ -271,6 +272,7 @@ class Provisioner:
         store, record_id = located
         self._jobs.cancel(record_id)
         with self._locks.hold(store, f"volume:{record_id}"):
+            self._removal.complete(store, record_id)
             record = store.volumes.get(record_id)
             if record is not None:
                 self._removal.remove(store, record)

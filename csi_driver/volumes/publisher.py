@@ -8,22 +8,23 @@ import errno
 import logging
 import os
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from csi_driver.errors import (
     AlreadyExists,
-    DeadlineExceeded,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
     OperationPending,
+    RecordDamaged,
     Unavailable,
     quoted,
 )
 from csi_driver.linux import mounts
 from csi_driver.linux.mountinfo import topmost_mount_at
+from csi_driver.volumes.contents import content_key
 from csi_driver.volumes.handles import parse_handle
 from csi_driver.volumes.inline import InlineVolumes, is_inline
 from csi_driver.volumes.locks import KeyedLocks
@@ -33,11 +34,9 @@ from csi_driver.volumes.mount_points import MountPoints, foreign, make_empty_dir
 from csi_driver.volumes.node_state import NodeState, NodeVolumeRecord, Target
 from csi_driver.volumes.placement import Placement, Placements
 from csi_driver.volumes.pools import Pools, PoolStore, new_token
+from csi_driver.volumes.unmounting import UNMOUNT_SECONDS, Unmounting
 
 _log = logging.getLogger(__name__)
-
-_UNMOUNT_SECONDS = 10.0
-_FLUSH_SECONDS = 45.0
 
 
 class Publisher:
@@ -59,6 +58,7 @@ class Publisher:
         self._placements = placements
         self._inline = inline
         self._groups = groups
+        self._unmounting = Unmounting(pools)
         self._places = MountPoints(kubelet_dir, self._own_places)
 
     # --- stage --------------------------------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ class Publisher:
         Raises NotFound, InvalidArgument, AlreadyExists (staged otherwise, or a foreign mount), FailedPrecondition (foreign files).
         """
         staging = self._places.check("staging_target_path", request.staging_path)
-        with self._lock(request.volume_handle):
+        with self._lock(request.volume_handle), self._hold_content(request.volume_handle):
             place = self._placements.find(
                 request.volume_handle, request.capability, request.publish_context, request.volume_context
             )
@@ -77,7 +77,7 @@ class Publisher:
             if known is not None and self._is_staged(known, place):
                 _require_same_staging(known, request)
                 if self._is_stale(place.store, staging):
-                    self._detach(request.volume_handle, staging)
+                    self._unmounting.detach(request.volume_handle, staging)
                     known = self._mount(request, place, known, staging)
             else:
                 known = self._mount(request, place, known, staging)
@@ -86,7 +86,8 @@ class Publisher:
     def _mount(self, request: StageVolume, place: Placement, known: NodeVolumeRecord | None, staging: Path) -> NodeVolumeRecord:
         backend, capability = place.store.backend, request.capability
         if known is None and backend.remote and backend.is_staged(place.directory, staging):
-            self._detach(request.volume_handle, staging)  # this node's record of it is lost, and with it how it was mounted
+            # This node's record of it is lost, and with it how it was mounted.
+            self._unmounting.detach(request.volume_handle, staging)
         if (mounted := topmost_mount_at(staging)) is not None:
             raise foreign("staging_target_path", staging, mounted)
         make_empty_directory("staging_target_path", staging)
@@ -139,16 +140,19 @@ class Publisher:
         """
         staging = self._places.check("staging_target_path", staging_path)
         with self._lock(handle):
-            known = self._state.get(handle)
+            known, damaged = self._remembered(handle)
+            if damaged:
+                known = self._behind_a_server(handle, staging)
             if known and (published := [target.path for target in known.targets if topmost_mount_at(target.path)]):
                 raise FailedPrecondition(f"volume {quoted(handle)} is still published at {published[0]}: unpublish it first")
             self._groups.stop(handle)
-            if known is not None and known.source and known.holds_unsaved_writes:
-                self._unmount_clean(known, staging)
+            is_own = known is not None and known.staging_path == str(staging)
+            if known is not None and is_own and known.source and known.holds_unsaved_writes:
+                self._unmounting.unmount_clean(known, staging)
             else:
-                self._unmount(known, handle, staging)
-            if known is not None and known.staging_path == str(staging):
-                self._state.volumes.remove(known.id)
+                self._unmounting.unmount(known, handle, staging)
+            if damaged or (known is not None and is_own):
+                self._state.volumes.remove(self._state.id_of(handle))
 
     # --- publish ------------------------------------------------------------------------------------------------------------------
 
@@ -234,7 +238,7 @@ class Publisher:
         else:
             backend.publish(staging, target, capability.mount_flags, read_only=readonly)
         if not backend.is_staged(place.directory, target, known.source):
-            mounts.unmount_all(target, _UNMOUNT_SECONDS)
+            mounts.unmount_all(target, UNMOUNT_SECONDS)
             raise FailedPrecondition(
                 f"{staging or place.directory} is not the directory of volume {quoted(known.handle)}; nothing was left mounted at {target}"
             )
@@ -255,8 +259,8 @@ class Publisher:
         """
         target = self._places.check("target_path", target_path)
         with self._lock(handle):
-            known = self._state.get(handle)
-            self._unmount(known, handle, target)
+            known, _ = self._remembered(handle)
+            self._unmounting.unmount(known, handle, target)
             remove_empty_directory(target)
             if known is None:
                 if parse_handle(handle) is None:  # ours are no inline volumes, and their pool need not be there
@@ -287,56 +291,6 @@ class Publisher:
                     raise
                 _log.warning("an inline volume cannot be deleted yet", extra={"volume": record.handle, "error": str(error)})
 
-    def _unmount_clean(self, known: NodeVolumeRecord, staging: Path) -> None:
-        """Unmount what one node at a time may write, once all that was written is with its server. Raises Unavailable."""
-        if topmost_mount_at(staging) is None:
-            return
-        late = f"volume {quoted(known.handle)} stays mounted at {staging}, so that what was written here cannot meet another node's writes"
-        store = self._pools.find(known.pool)
-        try:
-            if store is not None:
-                store.backend.flush(staging, _FLUSH_SECONDS)
-        except Unavailable as error:
-            raise Unavailable(f"the server of {known.source} does not answer; {late}; try again when it does") from error
-        except OSError as error:
-            # The server said no, so nothing will be written late.
-            _log.error("writes are lost", extra={"volume": known.handle, "error": error.strerror})
-        try:
-            while topmost_mount_at(staging) is not None:
-                mounts.unmount(staging, timeout=_UNMOUNT_SECONDS)
-        except (OSError, DeadlineExceeded) as error:
-            raise Unavailable(f"{staging} cannot be unmounted ({error}); {late}") from error
-
-    def _detach(self, handle: str, path: Path) -> None:
-        if mounts.unmount_all(path, _UNMOUNT_SECONDS):
-            _log.warning(
-                "a busy mount was detached: it goes when its last user does", extra={"path": str(path), "volume": handle}
-            )
-
-    def _unmount(self, known: NodeVolumeRecord | None, handle: str, path: Path) -> None:
-        mounted = topmost_mount_at(path)
-        if mounted is None:
-            return
-        if not self._is_ours(known, handle, path):
-            raise FailedPrecondition(
-                f"{path} has a mount that is not volume {quoted(handle)}: {mounted.source}; it is left as it is"
-            )
-        self._detach(handle, path)
-
-    def _is_ours(self, known: NodeVolumeRecord | None, handle: str, target: Path) -> bool:
-        if known is not None and str(target) in known.paths():
-            return True
-        if known is not None and (store := self._pools.find(known.pool)):
-            return store.backend.is_staged(known.directory, target, known.source)
-        # This node knows nothing of it. Of a remote pool it can be anything that the pool holds: no record can be asked.
-        if any(target in store.backend.mounts_of("") for store in self._pools if store.backend.remote):
-            return True
-        located = self._pools.locate(handle)
-        if located is None or located[0].backend.remote:
-            return False
-        record = located[0].volumes.get(located[1])
-        return record is not None and located[0].backend.is_staged(record.directory, target)
-
     # --- what is where --------------------------------------------------------------------------------------------------------------
 
     def find_published(self, handle: str, path: str) -> NodeVolumeRecord:
@@ -362,6 +316,41 @@ class Publisher:
 
     def _own_places(self) -> Iterable[Path]:
         return (self._state.directory, *(store.backend.root() for store in self._pools if store.backend.node_local))
+
+    def _remembered(self, handle: str) -> tuple[NodeVolumeRecord | None, bool]:
+        """Return what is known for taking a volume away, which a damaged record must not keep from happening, and whether it is damaged."""
+        try:
+            return self._state.get(handle), False
+        except RecordDamaged as damage:
+            _log.error("this node's record of a volume is damaged", extra={"volume": handle, "error": str(damage)})
+            return None, True
+
+    def _behind_a_server(self, handle: str, staging: Path) -> NodeVolumeRecord | None:
+        """Say the least that is certain of a remote volume without a record: what was written may be for this node alone to write."""
+        mounted = topmost_mount_at(staging)
+        store = next((pool for pool in self._pools if pool.backend.remote and staging in pool.backend.mounts_of("")), None)
+        if store is None or mounted is None:
+            return None
+        return NodeVolumeRecord(
+            id=self._state.id_of(handle),
+            token="",
+            handle=handle,
+            pool=store.name,
+            directory="",
+            access_mode=AccessMode.SINGLE_NODE_WRITER,
+            staging_path=str(staging),
+            source=mounted.source,
+        )
+
+    def _hold_content(self, handle: str) -> AbstractContextManager[None]:
+        """Keep a deletion away from the look at the record until it can see the mount. Raises OperationPending while one is at work.
+
+        Not where a server is between: from there a node has no locks, and the controller deletes nothing that it has published.
+        """
+        located = self._pools.locate(handle)
+        if located is None or located[0].backend.remote:
+            return nullcontext()
+        return self._locks.hold(located[0], content_key(located[1]), shared=True)
 
     def _lock(self, handle: str) -> AbstractContextManager[None]:
         return self._locks.hold(self._state, f"volume {quoted(handle)}")

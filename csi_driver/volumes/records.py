@@ -114,18 +114,25 @@ class RecordFolder(Generic[R]):
         """Read all records that can be read."""
         return (record for record in self.each() if not isinstance(record, RecordDamaged))
 
+    def read_in(self, folder: int, name: str, record_id: str) -> R | None:
+        """Read a record of this kind that was moved to another folder; None where it is not there. Raises RecordDamaged."""
+        return self._read_file(folder, name, record_id, name)
+
     def _read(self, folder: int, record_id: str) -> R | None:
+        return self._read_file(folder, record_id + _SUFFIX, record_id, self._path(record_id))
+
+    def _read_file(self, folder: int, name: str, record_id: str, path: str) -> R | None:
         try:
-            data = files.read_bounded(folder, record_id + _SUFFIX, record_format.MAX_RECORD_BYTES)
+            data = files.read_bounded(folder, name, record_format.MAX_RECORD_BYTES)
         except FileNotFoundError:
             return None
         except OSError as error:
             if error.errno not in _NO_RECORD:
                 raise
-            raise RecordDamaged(f"{self._path(record_id)} is damaged: {error.strerror}") from error
-        record = record_format.decode(self._kind, data, self._path(record_id))
+            raise RecordDamaged(f"{path} is damaged: {error.strerror}") from error
+        record = record_format.decode(self._kind, data, path)
         if record.id != record_id:
-            raise RecordDamaged(f"{self._path(record_id)} is damaged: it says that its id is {record.id}")
+            raise RecordDamaged(f"{path} is damaged: it says that its id is {record.id}")
         return record
 
     def _path(self, record_id: str) -> str:

@@ -1,9 +1,11 @@
 """Removal: how volumes and snapshots leave, without haste and without a moment in which they are half gone.
 
-Data and record are moved to the trash, in this order, each by one rename: deletion takes the same time whatever the size, and the
-name is free at once. The sweeper empties the trash. What `onDelete` keeps is moved out of the way of the name instead.
+Record and data are moved to the trash, in this order, each by one rename (trash.py): deletion takes the same time whatever the size,
+needs no room, and the name is free at once. The sweeper completes what was cut off and empties the trash. What `onDelete` keeps is
+moved out of the way of the name instead.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -12,9 +14,13 @@ from dataclasses import replace
 from csi_driver.errors import FailedPrecondition, OperationPending
 from csi_driver.linux import files
 from csi_driver.volumes.contents import Contents, content_key
+from csi_driver.volumes.handles import SNAPSHOT, VOLUME
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import OnDelete, Phase, SnapshotRecord, VolumeRecord
 from csi_driver.volumes.pools import ARCHIVE_DIRECTORY, ARCHIVED, RETAINED, PoolStore, exists_at, new_token
+from csi_driver.volumes.trash import begin_deletion, unfinished_deletions
+
+_log = logging.getLogger(__name__)
 
 
 class VolumeRemoval:
@@ -43,23 +49,47 @@ class VolumeRemoval:
                 self._contents.release_claim(store, record)
                 store.volumes.remove(record.id)
                 return
-            if record.phase is not Phase.DELETING:
-                # What was never shown to anybody holds nothing that somebody would want to keep.
-                fate = record.on_delete if record.phase is Phase.READY else OnDelete.DELETE
-                record = store.volumes.replace(replace(record, phase=Phase.DELETING, token=new_token(), on_delete=fate))
-            self.finish(store, record)
+            # What was never shown to anybody holds nothing that somebody would want to keep.
+            never_shown = record.phase is Phase.CREATING or record.ephemeral
+            fate = OnDelete.DELETE if never_shown else record.on_delete
+            if fate is OnDelete.ARCHIVE and record.phase is not Phase.DELETING:
+                record = store.volumes.replace(replace(record, phase=Phase.DELETING, token=new_token()))
+            self._take(store, record, fate)
 
     def finish(self, store: PoolStore, record: VolumeRecord) -> None:
         """Complete the removal of a volume whose record says `deleting`; every step may have been done before."""
-        kept = f"{record.id}.{record.token}"
-        if record.on_delete is OnDelete.DELETE or record.ephemeral:
-            store.trash_directory(record.directory, kept)
-            store.trash_record(store.volumes, record.id, kept)
+        self._take(store, record, record.on_delete)
+
+    def _take(self, store: PoolStore, record: VolumeRecord, fate: OnDelete) -> None:
+        if fate is OnDelete.DELETE:
+            deletion = begin_deletion(store, VOLUME, store.volumes, record.id)
+            deletion.take_directory(record.directory)
+            deletion.complete()
             return
-        if record.on_delete is OnDelete.ARCHIVE:
+        if fate is OnDelete.ARCHIVE:
             _archive(store, record)
-        with store.open(ARCHIVED if record.on_delete is OnDelete.ARCHIVE else RETAINED) as folder:
-            store.volumes.move(record.id, folder, f"{kept}.json")
+        folder, token = (ARCHIVED, record.token) if fate is OnDelete.ARCHIVE else (RETAINED, new_token())
+        with store.open(folder) as kept:
+            store.volumes.move(record.id, kept, f"{record.id}.{token}.json")
+
+    def complete(self, store: PoolStore, record_id: str) -> int:
+        """Complete the deletions of this id that were cut off. The caller holds the volume's lock. Returns how many there were."""
+        deletions = unfinished_deletions(store, VOLUME, record_id)
+        for deletion in deletions:
+            record = deletion.record(store.volumes)
+            if record is None or deletion.has_data():
+                deletion.complete()
+                continue
+            with self._contents.hold_own(store, record) as is_own:
+                if is_own:
+                    deletion.take_directory(record.directory)
+                else:
+                    _log.warning(
+                        "what lies at the directory of a deleted volume, if anything, is another's and stays",
+                        extra={"pool": store.name, "volume": record.handle, "directory": record.directory},
+                    )
+                deletion.complete()
+        return len(deletions)
 
 
 class SnapshotRemoval:
@@ -85,16 +115,22 @@ class SnapshotRemoval:
 
     def take(self, store: PoolStore, record: SnapshotRecord) -> None:
         """Delete a snapshot that the caller holds."""
-        if record.phase is not Phase.DELETING:
-            record = store.snapshots.replace(replace(record, phase=Phase.DELETING, token=new_token()))
-        self.finish(store, record)
-
-    def finish(self, store: PoolStore, record: SnapshotRecord) -> None:
-        """Complete the removal of a snapshot whose record says `deleting`."""
-        kept = f"{record.id}.{record.token}"
         store.trash_staging(record.id)
-        store.trash_snapshot_data(record.id, kept)
-        store.trash_record(store.snapshots, record.id, kept)
+        deletion = begin_deletion(store, SNAPSHOT, store.snapshots, record.id)
+        deletion.take_snapshot()
+        deletion.complete()
+
+    def complete(self, store: PoolStore, record_id: str) -> int:
+        """Complete the deletions of this id that were cut off. The caller holds the snapshot's lock. Returns how many there were.
+
+        It comes before a new snapshot of this id: until then what lies at its place is the old one's.
+        """
+        deletions = unfinished_deletions(store, SNAPSHOT, record_id)
+        for deletion in deletions:
+            if not deletion.has_data():
+                deletion.take_snapshot()
+            deletion.complete()
+        return len(deletions)
 
 
 def _archive(store: PoolStore, record: VolumeRecord) -> None:

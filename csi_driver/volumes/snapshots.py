@@ -77,7 +77,7 @@ class Snapshots:
         for store in self._pools:
             record_id, is_own = store.id_of(SNAPSHOT, name), source is not None and source.pool == store.name
             record = store.snapshots.get(record_id) if is_own else store.glance(store.snapshots, record_id)
-            if record is None or record.phase is Phase.DELETING:
+            if record is None:
                 continue
             _require_same(record, source_handle)
             return store, record
@@ -86,9 +86,6 @@ class Snapshots:
     def _create_locked(self, store: PoolStore, record_id: str, request: CreateSnapshot, job: JobControl) -> Snapshot:
         with self._locks.hold(store, f"snapshot:{record_id}"):
             record = store.snapshots.get(record_id)
-            if record is not None and record.phase is Phase.DELETING:
-                self._removal.finish(store, record)
-                record = None
             if record is None:
                 _, source = self._sources.volume(request.source_handle)
                 record = self.begin(store, record_id, request.name, source, None)
@@ -106,6 +103,7 @@ class Snapshots:
         self, store: PoolStore, record_id: str, name: str, source: VolumeRecord, group_handle: str | None
     ) -> SnapshotRecord:
         """Write the record of a snapshot that is about to be cut. The caller holds the snapshot's lock."""
+        self._removal.complete(store, record_id)
         record = SnapshotRecord(
             id=record_id,
             handle=store.handle_of(record_id),
@@ -188,6 +186,7 @@ class Snapshots:
         store, record_id = located
         self._jobs.cancel(record_id)
         with self._locks.hold(store, f"snapshot:{record_id}"):
+            self._removal.complete(store, record_id)
             record = store.snapshots.get(record_id)
             if record is None:
                 return

@@ -16,12 +16,13 @@ from csi_driver.backends.base import in_background
 from csi_driver.errors import OperationPending, TatamiError
 from csi_driver.linux import files
 from csi_driver.volumes.groups import Groups
-from csi_driver.volumes.handles import ID_PATTERN
+from csi_driver.volumes.handles import GROUP, ID_PATTERN, VOLUME
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import GroupRecord, Phase, SnapshotRecord, VolumeRecord
 from csi_driver.volumes.pools import GROUPS, SNAPSHOTS, STAGING, VOLUMES, Pools, PoolStore
 from csi_driver.volumes.reaper import Reaper
 from csi_driver.volumes.removal import SnapshotRemoval, VolumeRemoval
+from csi_driver.volumes.trash import Deletion, unfinished_deletions
 
 _log = logging.getLogger(__name__)
 
@@ -132,6 +133,7 @@ class Sweeper:
             return not patient or (store.name, thing) in self._suspects
 
         self._sweep_staging(store, report, stale)
+        self._complete_deletions(store, report, stale)
         self._complete(store, report, stale)
         for folder in (VOLUMES, SNAPSHOTS, GROUPS):
             with store.open(folder) as opened:
@@ -147,8 +149,24 @@ class Sweeper:
                 store.trash_staging(record_id)
                 report.staging += 1
 
+    def _complete_deletions(self, store: PoolStore, report: SweepReport, stale: Callable[[str], bool]) -> None:
+        """Let the data follow where a deletion was cut off after it had moved the record."""
+        cut_off = [deletion for deletion in unfinished_deletions(store) if stale(deletion.record_name)]
+        # Groups first: what they hold is theirs to delete.
+        for deletion in sorted(cut_off, key=lambda deletion: deletion.kind != GROUP):
+            with self._one(store, report):
+                report.deletions_completed += self._complete_deletion(store, deletion)
+
+    def _complete_deletion(self, store: PoolStore, deletion: Deletion) -> int:
+        if deletion.kind == GROUP:
+            with self._locks.hold(store, f"group:{deletion.record_id}"):
+                return self._groups.complete_removal(store, deletion.record_id)
+        with self._hold(store, deletion.record_id):
+            removal = self._volumes if deletion.kind == VOLUME else self._snapshots
+            return removal.complete(store, deletion.record_id)
+
     def _complete(self, store: PoolStore, report: SweepReport, stale: Callable[[str], bool]) -> None:
-        """Finish deletions that were cut off, and take back creations that were abandoned."""
+        """Finish what says `deleting`, and take back creations that were abandoned."""
         oldest = time.time_ns() - int(ABANDONED_SECONDS * 1e9)
 
         def left_over(record: VolumeRecord | SnapshotRecord | GroupRecord) -> bool:
@@ -164,7 +182,7 @@ class Sweeper:
         for group in [record for record in store.groups.readable() if left_over(record)]:
             with self._one(store, report), self._locks.hold(store, f"group:{group.id}"):
                 if (record := store.groups.get(group.id)) is not None and record.phase is group.phase:
-                    self._groups.finish_removal(store, record)
+                    self._groups.remove(store, record)
                     _count(report, group.phase)
         for snapshot in [record for record in store.snapshots.readable() if record.group_handle is None and left_over(record)]:
             with self._one(store, report), self._hold(store, snapshot.id):

@@ -5,6 +5,8 @@ record names.
 """
 
 import itertools
+import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -437,3 +439,102 @@ def test_a_retry_that_is_killed_too_is_completed_by_the_next(new_bench, name):
             unmount_below(bench.root)
             if second_done:
                 break
+
+
+def test_no_volume_is_made_inside_one_whose_deletion_was_killed_before_its_data_had_gone(new_bench):
+    bench = volume = None
+
+    def start(_change: int) -> Callable[[], object]:
+        nonlocal bench, volume
+        bench = new_bench()
+        volume = a_filled_volume(bench, directory="team/data")
+        fresh = bench.restarted()
+        return lambda: fresh.volumes.delete(volume.record.handle)
+
+    refused = 0
+    for change in every_crash(start):
+        after = bench.restarted()
+        if after.path(volume).exists():
+            refused += 1
+            with pytest.raises(InvalidArgument, match="would lie inside"):
+                after.create("inside", directory="team/data/sub")
+            with pytest.raises(InvalidArgument, match="overlaps"):
+                after.stage("static", volume_context={"pool": "default", "directory": "team/data"})
+            after.volumes.delete(volume.record.handle)
+        inside = after.create("inside", directory="team/data/sub")
+        fill(after.path(inside))
+        whole = seen(after.path(inside))
+        after.restarted().sweep()
+        assert seen(after.path(inside)) == whole, change
+    assert refused >= 2
+
+
+def test_a_deletion_that_was_killed_never_takes_a_directory_that_was_made_in_its_place(new_bench):
+    """Somebody has removed the data by hand before the deletion was completed; an inode's number may be given again, then, too."""
+    bench = volume = None
+
+    def start(_change: int) -> Callable[[], object]:
+        nonlocal bench, volume
+        bench = new_bench()
+        volume = a_filled_volume(bench, directory="team/data")
+        fresh = bench.restarted()
+        return lambda: fresh.volumes.delete(volume.record.handle)
+
+    cut_off = 0
+    for change in every_crash(start):
+        after = bench.restarted()
+        record = next((after.pool().backend.root() / ".csi/trash").glob("*.volume.json"), None)
+        if record is None:
+            continue
+        cut_off += 1
+        if after.path(volume).exists():
+            shutil.rmtree(after.path(volume))
+        successor = after.create("successor", directory="team/data")
+        if cut_off % 2:
+            body = json.loads(record.read_text()) | {"content_inode": successor.record.content_inode}
+            record.write_text(json.dumps(body))
+        after.restarted().sweep()
+        after.volumes.delete(volume.record.handle)
+        assert after.path(successor).stat().st_ino == successor.record.content_inode, change
+        assert after.volumes.get(successor.record.handle) == successor
+        after.restarted().sweep()
+        assert after.leftovers("team") == [], change
+    assert cut_off >= 2
+
+
+@pytest.mark.parametrize("kind", ["snapshot", "group"])
+def test_a_new_snapshot_never_shows_what_one_of_its_name_held_whose_deletion_was_killed(new_bench, kind):
+    bench = given = None
+
+    def start(_change: int) -> Callable[[], object]:
+        nonlocal bench, given
+        bench = new_bench()
+        given = a_snapshot(bench) if kind == "snapshot" else two_in_a_group(bench)
+        fresh = bench.restarted()
+        delete = fresh.snapshots.delete if kind == "snapshot" else (lambda handle: fresh.groups.delete(handle, []))
+        return lambda: delete(given[1].record.handle)
+
+    anew = 0
+    for change in every_crash(start):
+        after = bench.restarted()
+        if kind == "snapshot":
+            (after.path(given[0]) / "plain").write_text("changed since")
+            again = after.snapshot("snapshot", given[0])
+            cut_anew = again != given[1]
+            if cut_anew:
+                snapshot_is_whole(after, given[0], again)
+        else:
+            for source in given[0]:
+                (after.path(source) / "plain").write_text("changed since")
+            again = after.groups.create("group", [source.record.handle for source in given[0]], time.monotonic() + 60)
+            cut_anew = again != given[1]
+            if cut_anew:
+                group_is_whole(after, given[0], again)
+        anew += cut_anew
+        after.restarted().sweep()
+        assert after.leftovers() == [], change
+        if kind == "snapshot":
+            assert after.snapshots.get(again.record.handle) == again, change
+        else:
+            assert after.groups.get(again.record.handle, []) == again, change
+    assert anew >= 2

@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import threading
+import time
 
 import pytest
 from bench import make_bench
@@ -192,3 +193,19 @@ def test_what_a_killed_driver_was_writing_on_the_node_is_removed_at_the_next_sta
     bench.age_temporaries()
     bench.restarted()
     assert not [path for path in bench.installation.state_directory.iterdir() if path.name.startswith(".tmp.")]
+
+
+def test_a_pool_that_is_not_there_blocks_only_what_is_asked_of_it(bench, pools, caplog):
+    volume = bench.create("v", pool="other")
+    for pool in (pools[0], pools[2]):  # one before and one behind the pool that is asked, in the order of names
+        pool.path.rename(bench.root / f"{pool.name} unplugged")
+    new = bench.create("new", pool="other")
+    snapshot = bench.snapshot("s", volume)
+    group = bench.groups.create("g", [volume.record.handle, new.record.handle], time.monotonic() + 30)
+    assert {record.pool for record in (new.record, snapshot.record, group.record)} == {"other"}
+    told = [record.pool for record in caplog.records if record.message == "a pool was not looked into"]
+    assert set(told) == {"default", "spread"}
+    with pytest.raises(Unavailable, match="default"):
+        bench.create("here", pool="default")
+    for pool in (pools[0], pools[2]):
+        (bench.root / f"{pool.name} unplugged").rename(pool.path)

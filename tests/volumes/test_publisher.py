@@ -22,6 +22,7 @@ from csi_driver.volumes.model import (
     PublishVolume,
     StageVolume,
 )
+from csi_driver.volumes.parameters import EPHEMERAL
 
 pytestmark = pytest.mark.root
 READ_ONLY = mount_capability(AccessMode.SINGLE_NODE_READER_ONLY)
@@ -55,6 +56,33 @@ def mount_foreign(path):
 
 
 # --- stage ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_volume_that_is_just_being_staged_is_not_deleted(bench, volume, handle, monkeypatch):
+    backend, refusals = bench.pool().backend, []
+    bind = backend.stage
+
+    def delete_first(*arguments, **named):
+        with pytest.raises(OperationPending) as refusal:
+            bench.restarted().volumes.delete(handle)
+        refusals.append(refusal)
+        bind(*arguments, **named)
+
+    monkeypatch.setattr(backend, "stage", delete_first)
+    staging = bench.stage(handle)
+    assert len(refusals) == 1
+    assert seen(Path(staging)) == seen(bench.path(volume))
+    with pytest.raises(FailedPrecondition, match="still mounted"):
+        bench.volumes.delete(handle)
+
+
+def test_a_volume_that_is_just_being_deleted_is_not_staged(bench, handle):
+    with bench.domain.sweeper._locks.hold(bench.pool(), f"content:{handle.rpartition('.')[2]}"):
+        for node in (bench, bench.restarted()):
+            with pytest.raises(OperationPending):
+                node.stage(handle)
+    assert mounted_below(bench) == []
+    bench.stage(handle)
 
 
 def test_a_staged_volume_is_seen_at_its_staging_path(bench, volume, handle):
@@ -572,3 +600,57 @@ def test_binds_do_not_share_what_is_mounted_inside_a_volume_later(bench, handle)
         assert topmost_mount_at(target / "folder") is None
     finally:
         ctypes.CDLL(None).umount2(os.fsencode(staging / "folder"), 2)
+
+
+# --- a damaged record of the node -------------------------------------------------------------------------------------------------
+
+
+def damage_record(bench, handle):
+    path = bench.installation.state_directory / "volumes" / f"{bench.domain.state.id_of(handle)}.json"
+    assert path.is_file()
+    path.write_text("{")
+    return path
+
+
+def test_a_damaged_node_record_keeps_no_volume_from_being_taken_away(bench, volume, handle, caplog):
+    staging = bench.stage(handle)
+    target = bench.publish(handle, "pod")
+    record = damage_record(bench, handle)
+    bench.node.unpublish(handle, str(target))
+    assert not target.exists()
+    bench.node.unstage(handle, staging)
+    assert mounted_below(bench) == []
+    assert not record.exists()
+    assert "this node's record of a volume is damaged" in caplog.text
+    assert (bench.path(volume) / "plain").exists()
+    bench.stage(handle)
+    assert (bench.publish(handle, "pod") / "plain").exists()
+
+
+def test_a_damaged_node_record_takes_nobody_elses_mount_away(bench, handle):
+    staging = bench.stage(handle)
+    other = bench.create("other").record.handle
+    bench.stage(other)
+    target = bench.publish(other, "others")
+    damage_record(bench, handle)
+    foreign = bench.target("foreign")
+    mount_foreign(foreign)
+    for path in (str(target), foreign):
+        with pytest.raises(FailedPrecondition, match="not volume"):
+            bench.node.unpublish(handle, path)
+        with pytest.raises(FailedPrecondition, match="not volume"):
+            bench.node.unstage(handle, path)
+    write(target)
+    assert (Path(foreign) / "theirs").exists()
+    bench.node.unstage(handle, staging)
+
+
+def test_a_pod_whose_inline_volume_has_a_damaged_node_record_goes_with_the_volume(bench):
+    target = bench.publish("csi-inline", "pod", volume_context={EPHEMERAL: "true", "size": "1Mi"})
+    write(target)
+    damage_record(bench, "csi-inline")
+    bench.node.unpublish("csi-inline", str(target))
+    assert not target.exists()
+    bench.sweep()
+    assert bench.leftovers() == []
+    assert bench.pool().volumes.ids() == []

@@ -12,7 +12,7 @@ from trees import fill, seen
 from csi_driver.config import HostPathPool
 from csi_driver.errors import OperationPending
 from csi_driver.volumes.handles import SNAPSHOT, VOLUME
-from csi_driver.volumes.model import CreateSnapshot, Phase
+from csi_driver.volumes.model import CreateSnapshot, Page, Phase
 from csi_driver.volumes.sweeper import ABANDONED_SECONDS
 
 LONG_AGO = int((time.time() - ABANDONED_SECONDS - 60) * 1e9)
@@ -132,23 +132,29 @@ def test_a_group_that_is_in_use_does_not_keep_the_rest_from_being_swept(bench):
     assert bench.leftovers() == []
 
 
-def test_trash_is_kept_until_its_record_is_in_it(bench):
+def test_a_record_stays_in_the_trash_until_its_data_is_there_too(bench):
     trash = bench.pool().backend.root() / ".csi/trash"
-    looked = 0
+    in_place = moved = 0
     for changes in range(1, 20):
         volume = bench.create(f"v{changes}")
+        fill(bench.path(volume))
         if runs_to_its_end(lambda handle=volume.record.handle: bench.volumes.delete(handle), changes):
             break
         entries = os.listdir(trash)
-        if entries and bench.pool().volumes.get(volume.record.id):
-            looked += 1
-            bench.domain.sweeper._reaper.empty(bench.pool())
+        bench.domain.sweeper._reaper.empty(bench.pool())
+        if entries and bench.path(volume).exists():
+            in_place += 1
             assert os.listdir(trash) == entries
-        bench.age_temporaries()
+        elif entries:
+            moved += 1
+            assert os.listdir(trash) == []
         bench.sweep()
-    assert looked >= 2
+        if entries:
+            assert not bench.path(volume).exists()
+    assert in_place
+    assert moved
     bench.sweep()
-    assert bench.leftovers() == []
+    assert bench.leftovers(*(volume.record.directory for volume in bench.volumes.list(Page())[0])) == []
 
 
 def test_trash_that_a_kill_left_half_removed_is_removed(bench):
@@ -171,7 +177,7 @@ def test_trash_in_which_something_is_mounted_is_told_kept_and_no_obstacle(bench)
         fill(bench.path(volume))
         bench.volumes.delete(volume.record.handle)
     (entry,) = (bench.pool().backend.root() / ".csi/trash").glob(f"{mounted.record.id}.*")
-    inside = entry / "data/folder"
+    inside = entry / "folder"
     subprocess.run(["mount", "-t", "tmpfs", "theirs", inside], check=True)
     (inside / "precious").write_text("kept")
     try:

@@ -11,7 +11,7 @@ from csi_driver.backends import nfs_share
 from csi_driver.backends.base import in_background
 from csi_driver.backends.nfs import NfsBackend
 from csi_driver.config import NfsPool
-from csi_driver.errors import NotFound, Unavailable
+from csi_driver.errors import InvalidArgument, NotFound, Unavailable
 from csi_driver.linux import mountinfo
 
 
@@ -70,17 +70,18 @@ def test_a_share_is_mounted_when_it_is_first_needed_and_once(server, place, make
     assert [mount.source for mount in mountinfo.mounts_below(tmp_path)] == [f"{server.address}:{place}"]
     assert backend.generation == 1
     assert (tmp_path / "shares").stat().st_mode & 0o777 == 0o700
-    assert {"soft" in mounted(backend).super_options or "softerr" in mounted(backend).super_options} == {True}
+    assert "softerr" in mounted(backend).super_options
 
 
 def test_what_an_earlier_process_left_is_replaced(server, place, make_backend, tmp_path):
     first = make_backend(server, place)
-    left = mounted(first).mount_id
+    assert "vers=4.2" in mounted(first).super_options
     second = NfsBackend(NfsPool("fast", server.address, place, ("vers=4.1",)), tmp_path / "shares" / "fast-0")
-    assert mounted(second).mount_id != left
-    assert "vers=4.1" in mounted(second).super_options
-    assert len(mountinfo.mounts_below(tmp_path)) == 1
-    second.close()
+    try:
+        assert "vers=4.1" in mounted(second).super_options
+        assert len(mountinfo.mounts_below(tmp_path)) == 1
+    finally:
+        second.close()
 
 
 def test_an_idle_share_is_let_go_and_mounted_again_when_it_is_needed(server, place, make_backend, tmp_path, monkeypatch):
@@ -97,8 +98,8 @@ def test_an_idle_share_is_let_go_and_mounted_again_when_it_is_needed(server, pla
         thread.start()
         thread.join()
         time.sleep(0.2)
-    until(lambda: not mountinfo.mounts_below(tmp_path))
-    assert backend.dormant
+    until(lambda: backend.dormant)
+    assert not mountinfo.mounts_below(tmp_path)
     assert backend.problem() is None
     assert (backend.root() / "file").read_text() == "content"
     assert backend.generation == 2
@@ -161,7 +162,7 @@ def test_an_option_that_this_kernel_does_not_take_is_said(server, place, make_ba
     target.mkdir()
     backend.root()
     (backend.root() / "v").mkdir()
-    with pytest.raises(Exception, match=r"options together|xprtsec|cannot be mounted"):
+    with pytest.raises(InvalidArgument, match="one of the options"):
         backend.stage("v", target, ("xprtsec=tls",), read_only=False)
     assert not mountinfo.mounts_at(target)
 
@@ -172,9 +173,8 @@ def test_nfs3_without_a_lock_manager_here_works_with_its_own_locks_and_says_so(m
     server.export(path)
     backend = make_backend(server, path, "vers=3")
     assert mounted(backend).fs_type == "nfs"
-    assert [found.reason for found in backend.shortcomings()] in ([], ["LocksLocal"])
-    if backend.shortcomings():
-        assert "nolock" in mounted(backend).super_options or "local_lock=all" in mounted(backend).super_options
+    assert [found.reason for found in backend.shortcomings()] == ["LocksLocal"]
+    assert {"nolock", "local_lock=all"} & mounted(backend).super_options
 
 
 def test_who_root_is_to_the_server_is_found_out(make_server, make_backend):
@@ -189,7 +189,7 @@ def test_who_root_is_to_the_server_is_found_out(make_server, make_backend):
     assert os.listdir(backend.root()) == []
     server.export(path)
     until(lambda: backend.owner(backend.root()) == 0)
-    assert backend.shortcomings() == () or list(backend.shortcomings()) == []
+    assert list(backend.shortcomings()) == []
 
 
 def _directory(backend) -> Path:

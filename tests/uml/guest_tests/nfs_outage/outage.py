@@ -150,5 +150,6 @@ def waiting_for_servers(driver: Driver) -> list[str]:
             with contextlib.suppress(OSError):
                 stack = (task / "stack").read_text()
                 if "rpc_" in stack or "nfs" in stack:
-                    found.append(f"{pid}/{task.name}: {' < '.join(line.split()[-1] for line in stack.splitlines()[:4])}")
+                    calls = [line.split()[1].partition("+")[0] for line in stack.splitlines()]
+                    found.append(f"{pid}/{task.name}: {' < '.join(call for call in calls if 'rpc' in call or 'nfs' in call)}")
     return found

@@ -1,5 +1,7 @@
 """One server with four pools in different versions, a second one to move to, a controller and two nodes, for all stories."""
 
+import pathlib
+
 import pytest
 from driver_in_guest import Cluster, pool_of
 from servers import KernelNfsServer
@@ -11,6 +13,10 @@ VERSIONS = {"default": "4.2", "v41": "4.1", "v3": "3", "moving": "4.2", "stale":
 @pytest.fixture(scope="session")
 def story_server(network):
     """The server, with its XFS exported, and another filesystem whose export squashes root."""
+    # Debian's servers ask their own user database for a user's groups, so a pod's fsGroup (a supplementary group that no database
+    # knows) would count for nothing there. This /etc is the guest's.
+    configuration = pathlib.Path("/etc/nfs.conf")
+    configuration.write_text(configuration.read_text().replace("manage-gids=y", "manage-gids=n"))
     server = KernelNfsServer(network, "server", v3=True)
     xfs = server.filesystem("xfs")
     server.export(xfs)
