@@ -83,6 +83,10 @@ test-minutes: $(VENV)/dev.stamp $(SANITY) packages ## Tests that take minutes: c
 sanity: $(VENV)/dev.stamp $(SANITY) ## csi-sanity against the driver on hostPath
 	CSI_SANITY=$(abspath $(SANITY)) $(PYTEST) -m minutes tests/sanity -s
 
+.PHONY: test-nfs
+test-nfs: $(VENV)/dev.stamp $(SANITY) packages ## The driver on real NFS servers and clients, in user-mode Linux
+	CSI_SANITY=$(abspath $(SANITY)) $(PYTEST) -m minutes tests/uml
+
 .PHONY: clean
 clean: ## Remove what was built, but not the caches of other tools
 	rm -rf $(VENV) $(CACHE) run build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

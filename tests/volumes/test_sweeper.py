@@ -233,8 +233,8 @@ def test_the_thread_empties_the_trash_as_soon_as_something_is_in_it(bench):
     volume = bench.create("v")
     fill(bench.path(volume))
     bench.volumes.delete(volume.record.handle)
-    until(lambda: bench.leftovers() == [], seconds=5)
     until(lambda: sum(report.trash for _, report in rounds) == 1, seconds=5)  # told after it was done
+    assert bench.leftovers() == []
     bench.domain.sweeper.stop(5)
     assert not [thread for thread in threading.enumerate() if thread.name == "sweeper"]
 

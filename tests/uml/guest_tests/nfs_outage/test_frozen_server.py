@@ -87,8 +87,9 @@ def test_a_minute_without_the_server_is_noticed_by_its_own_calls_only_and_leaves
         each.stop()
     before = [(driver.threads(), len(driver.children())) for driver in (node, controller)]
 
-    frozen_at = time.monotonic()
-    storm = run(FROZEN_SECONDS, away.freeze)
+    frozen = []
+    storm = run(FROZEN_SECONDS, lambda: (away.freeze(), frozen.append(time.monotonic())))
+    (frozen_at,) = frozen
     thawing = time.monotonic()
     hung = [waiting_for_servers(driver) for driver in (node, controller)]
     away.thaw()
