@@ -82,6 +82,10 @@ def serve(options: ServeOptions, settings: DriverSettings) -> int:
             ended = server.stop(STOP_SECONDS)
             domain.stop(5.0)
             _log.info("stopped", extra={"all_calls_ended": ended})
+            if not ended:
+                # What hangs in the kernel would hang the interpreter's tidying up, too: whatever is left, the next start completes.
+                logging.shutdown()
+                os._exit(0)
     except (TatamiError, OSError) as error:
         _log.error("the driver cannot start", extra={"error": str(error)})
         return 1
