@@ -1,6 +1,6 @@
 """Every directory below guest_tests/ is a group: one boot of a guest, one test here, a subtest for each test inside.
 
-While one group is reported, the next one runs already: two guests, for two cores.
+While one group is reported, the next one runs already: two guests, for two cores. A group that measures time runs alone.
 """
 
 import os
@@ -25,6 +25,12 @@ def options(group):
     return {"memory": given.get("memory", guest.Job.memory >> 20) << 20, "timeout": given.get("timeout", guest.Job.timeout)}
 
 
+def runs_alone(group):
+    """Tell whether a group says `alone = true`: another guest beside it would be measured, too."""
+    file = GROUPS / group / "guest.toml"
+    return file.exists() and tomllib.loads(file.read_text()).get("alone", False)
+
+
 def groups():
     """Return a parameter for each group; pytest's own timeout comes after the guest's, which knows what to show."""
     names = sorted(path.parent.name for path in GROUPS.glob("*/test_*.py"))
@@ -43,7 +49,7 @@ class Guests:
         if group not in self._running:
             self._waiting.remove(group)
             self._boot(group)
-        while self._waiting and len(self._running) < AT_ONCE:
+        while self._waiting and len(self._running) < AT_ONCE and not runs_alone(group) and not runs_alone(self._waiting[0]):
             self._boot(self._waiting.pop(0))
         return self._running[group]
 
