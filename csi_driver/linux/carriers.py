@@ -5,7 +5,6 @@ in common is `Shared`.
 """
 
 import errno
-import hashlib
 import os
 import stat
 import threading
@@ -24,10 +23,6 @@ from csi_driver.linux.system_calls import magic_link
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 _LINK_REFUSED = frozenset({errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.ENOSYS})
 _NODE_REFUSED = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
-_LONGEST_PATH_BYTES = 4096
-
-Observer = Callable[[bytes, int, int, str | None], None]
-"""Hears of each entry that is no directory: its path (see `path_below`), mode, size in bytes, and its digest where there is one."""
 
 
 class Counts(Protocol):
@@ -47,26 +42,16 @@ class Shared:
     links_guard: threading.Lock
     methods: tuple[Method, ...]
     should_stop: Callable[[], bool]
-    observer: Observer | None
 
 
 @dataclass(slots=True)
 class Folder:
-    """A directory that is being copied: both ends, open; the source's status from before; its place and path in the copy."""
+    """A directory that is being copied: both ends, open; the source's status from before; its place in the copy."""
 
     source: int
     target: int
     status: os.stat_result
     place: Place
-    path: bytes
-
-
-def path_below(path: bytes, name: bytes) -> bytes:
-    """Join, and name what lies deeper than 4,096 bytes by a hash: a tenant can nest directories until one path takes megabytes."""
-    joined = path + b"/" + name if path else name
-    if len(joined) <= _LONGEST_PATH_BYTES:
-        return joined
-    return b"~" + hashlib.sha256(joined).hexdigest().encode()
 
 
 class Carrier:
@@ -76,7 +61,7 @@ class Carrier:
         self._shared = shared
         self.not_carried: Counter[str] = Counter()
         self._fidelity = InodeFidelity(self.not_carried)
-        self._ladder = ContentLadder(shared.methods, shared.should_stop, digests=shared.observer is not None)
+        self._ladder = ContentLadder(shared.methods, shared.should_stop)
 
     @property
     def used(self) -> Iterable[Method]:
@@ -146,7 +131,7 @@ class Carrier:
         except OSError:
             os.close(source)
             raise
-        return Folder(source, target, status, Place(name, folder.place), path_below(folder.path, name))
+        return Folder(source, target, status, Place(name, folder.place))
 
     def _single(self, pinned: int, folder: Folder, name: bytes, status: os.stat_result) -> None:
         self._shared.progress.add_file()
@@ -170,7 +155,6 @@ class Carrier:
                 self._single(pinned, folder, name, status)
                 return
         self._shared.progress.add_file()
-        self._tell(folder, name, status, None)
 
     def _file(self, pinned: int, folder: Folder, name: bytes, status: os.stat_result) -> None:
         source = beneath.open_pinned(pinned, os.O_RDONLY, self._shared.should_stop)
@@ -179,10 +163,8 @@ class Carrier:
             try:
                 flags = self._fidelity.read_flags(source)
                 self._fidelity.set_flags(target, flags, before_content=True)
-                digest = self._ladder.carry(
-                    source, target, status.st_size, status.st_blocks * 512, self._shared.progress.add_bytes
-                )
-                self._fidelity.carry(source, target, status)
+                self._ladder.carry(source, target, status.st_size, status.st_blocks * 512, self._shared.progress.add_bytes)
+                self._fidelity.carry(source, target, status, folder.place)
                 if status.st_nlink > 1 and flags & HOLDING:
                     self._shared.links.hold(folder.place, name, flags & HOLDING)  # no link can be made to it once they are set
                     flags &= ~HOLDING
@@ -191,7 +173,6 @@ class Carrier:
                 os.close(target)
         finally:
             os.close(source)
-        self._tell(folder, name, status, digest)
 
     def _node(self, pinned: int, folder: Folder, name: bytes, status: os.stat_result) -> None:
         """Copy a symlink, fifo, socket or device: never opened, on either side."""
@@ -211,11 +192,6 @@ class Carrier:
             self._fidelity.carry(magic_link(pinned), magic_link(made), status)
         finally:
             os.close(made)
-        self._tell(folder, name, status, None)
-
-    def _tell(self, folder: Folder, name: bytes, status: os.stat_result, digest: str | None) -> None:
-        if self._shared.observer is not None:
-            self._shared.observer(path_below(folder.path, name), status.st_mode, status.st_size, digest)
 
 
 def _kind(mode: int) -> str:

@@ -4,7 +4,6 @@ The ladder, from the top: *reflink* (FICLONE, shares the extents: XFS, btrfs, NF
 in the kernel elsewhere), *copy* (read and write). A rung that the filesystems do not have is given up for the rest of the copy; one
 that only this file refuses (a btrfs file without copy-on-write, a swap file) is skipped for this file. Holes stay holes on
 every rung. A file that grows meanwhile is copied up to the size it had when it was opened: its owner cannot keep us busy forever.
-Where a digest is wanted, what is not shared is read and written, for only then does it pass through us.
 """
 
 import errno
@@ -14,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Literal
 
-from csi_driver.linux.digests import BLOCK_BYTES, ContentDigest
 from csi_driver.linux.holes import data_extents
 from csi_driver.linux.walk import WalkStopped
 from csi_driver.linux.writeback import SteadyWriteback
@@ -22,8 +20,8 @@ from csi_driver.linux.writeback import SteadyWriteback
 Method = Literal["reflink", "copy_file_range", "copy"]
 METHODS: tuple[Method, ...] = ("reflink", "copy_file_range", "copy")
 
-_FICLONE = 0x40049409
-_STEP_BYTES = 8 * 1024 * 1024  # between two looks at should_stop
+FICLONE = 0x40049409
+_STEP_BYTES = 2 * 1024 * 1024  # between two looks at should_stop; as linux/writeback.py hands over
 _BUFFER_BYTES = 1024 * 1024
 _SMALL_BYTES = 64 * 1024
 _NOT_HERE = frozenset({errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY})
@@ -33,32 +31,30 @@ _NOT_THIS_FILE = frozenset({errno.EINVAL, errno.EPERM, errno.ETXTBSY, errno.EBAD
 class ContentLadder:
     """The rungs that still hold in one copy, and how many files each has carried (`used`). For one thread."""
 
-    def __init__(self, methods: tuple[Method, ...], should_stop: Callable[[], bool], *, digests: bool = False) -> None:
+    def __init__(self, methods: tuple[Method, ...], should_stop: Callable[[], bool]) -> None:
         """Begin with all of `methods`; plain copying is always the last resort."""
-        self._rungs = set(methods) - ({"copy_file_range"} if digests else set())
-        self._digests = digests
+        self._rungs = set(methods)
         self._should_stop = should_stop
         self._space: memoryview | None = None
         self.used: Counter[Method] = Counter()
 
-    def carry(self, source: int, target: int, size: int, allocated: int, carried: Callable[[int], None]) -> str | None:
-        """Copy the content into the empty file `target`; return its digest if one was wanted and it passed through us.
+    def carry(self, source: int, target: int, size: int, allocated: int, carried: Callable[[int], None]) -> None:
+        """Copy the content into the empty file `target`.
 
         `size` and `allocated` (bytes) are what fstat said of the source when it was opened; `carried` hears of the data bytes, bit
         by bit (holes do not count). Raises OSError (EIO, ENOSPC, EDQUOT …) and WalkStopped.
         """
-        digest = ContentDigest() if self._digests else None
         if size == 0:
-            return digest.finish(0) if digest else None
+            return
         if "reflink" in self._rungs and self._reflink(source, target):
             self.used["reflink"] += 1
             carried(min(size, allocated))
-            return None
+            return
         reached = 0
         method: Method | None = None
         writeback = SteadyWriteback(target)
         for start, end in self._extents(source, size, allocated):
-            reached, method = self._carry_extent(source, target, start, end, carried, digest, writeback)
+            reached, method = self._carry_extent(source, target, start, end, carried, writeback)
             if reached < end:  # somebody made it shorter meanwhile: what is gone is not there
                 size = reached
                 break
@@ -67,11 +63,10 @@ class ContentLadder:
             os.ftruncate(target, size)
         if method:
             self.used[method] += 1
-        return digest.finish(size) if digest else None
 
     def _reflink(self, source: int, target: int) -> bool:
         try:
-            fcntl.ioctl(target, _FICLONE, source)
+            fcntl.ioctl(target, FICLONE, source)
         except OSError as error:
             self._give_up("reflink", error)
             return False
@@ -86,7 +81,7 @@ class ContentLadder:
     def _extents(self, source: int, size: int, allocated: int) -> Iterable[tuple[int, int]]:
         if size <= _SMALL_BYTES and allocated >= size:
             return ((0, size),)  # a call saved per small file: over NFS it would be a round trip
-        return data_extents(source, size, BLOCK_BYTES if self._digests else 1)
+        return data_extents(source, size)
 
     def _carry_extent(
         self,
@@ -95,7 +90,6 @@ class ContentLadder:
         start: int,
         end: int,
         carried: Callable[[int], None],
-        digest: ContentDigest | None,
         writeback: SteadyWriteback,
     ) -> tuple[int, Method]:
         """Copy source[start:end] and return how far it came (short only where the source ends) and by what."""
@@ -113,7 +107,7 @@ class ContentLadder:
                 except OSError as error:
                     self._give_up("copy_file_range", error)
             if count == 0:  # refused, or the end of the file: reading tells which
-                count = self._read_and_write(source, target, position, end, digest)
+                count = self._read_and_write(source, target, position, end)
                 method = "copy"
             if count == 0:
                 break
@@ -122,16 +116,12 @@ class ContentLadder:
             carried(count)
         return position, method
 
-    def _read_and_write(self, source: int, target: int, position: int, end: int, digest: ContentDigest | None) -> int:
+    def _read_and_write(self, source: int, target: int, position: int, end: int) -> int:
         if self._space is None:
             self._space = memoryview(bytearray(_BUFFER_BYTES))
         piece = self._space[: min(end - position, _BUFFER_BYTES)]
         count = os.preadv(source, [piece], position)
-        while 0 < count < len(piece) and (more := os.preadv(source, [piece[count:]], position + count)):
-            count += more
         written = 0
         while written < count:
             written += os.pwrite(target, piece[written:count], position + written)
-        if digest is not None and count:
-            digest.add(position, piece[:count])
         return count

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from csi_driver.linux import beneath
-from csi_driver.linux.carriers import Carrier, Folder, Observer, Shared
+from csi_driver.linux.carriers import Carrier, Folder, Shared
 from csi_driver.linux.contents import METHODS, Method
 from csi_driver.linux.crews import Crew
 from csi_driver.linux.hard_links import HardLinks, Place
@@ -75,17 +75,15 @@ def copy_tree(
     methods: tuple[Method, ...] = METHODS,
     should_stop: Callable[[], bool] | None = None,
     workers: int = 1,
-    observer: Observer | None = None,
 ) -> CopyReport:
     """Copy what is in the directory `source_fd`, and its own metadata, into the empty directory `target_fd`.
 
-    `should_stop` is asked before each entry and each 8 MiB; it may sleep, to slow the copy down. `workers` is how many threads carry.
-    `observer` is told of each entry that is no directory, with the digest of what was not shared; with it, and with `should_stop`,
-    several threads may call at once. Nothing is synced: `files.sync_filesystem(target_fd)` does it at once for all.
+    `should_stop` is asked before each entry and each 2 MiB; it may sleep, to slow the copy down. `workers` is how many threads carry;
+    all of them ask `should_stop`. Nothing is synced: `files.sync_filesystem(target_fd)` does it at once for all.
     Raises WalkStopped; OSError for what is no matter of the target's abilities (EIO, ENOSPC, EDQUOT, EACCES; ENOTEMPTY for a target
     that is not empty; ESTALE when a directory more than 64 levels deep was moved away meanwhile). The target is then a torso.
     """
-    copy = _Copy(progress or Progress(), methods, should_stop or (lambda: False), workers, observer)
+    copy = _Copy(progress or Progress(), methods, should_stop or (lambda: False), workers)
     with beneath.opened_again(source_fd) as source, beneath.opened_again(target_fd) as target:
         return copy.run(source, target)
 
@@ -97,24 +95,22 @@ class _Copy:
         methods: tuple[Method, ...],
         should_stop: Callable[[], bool],
         workers: int,
-        observer: Observer | None,
     ) -> None:
         self._progress = progress
         self._methods = methods
         self._should_stop = should_stop
         self._workers = workers
-        self._observer = observer
         self._carriers: list[Carrier] = []
 
     def run(self, source_fd: int, target_fd: int) -> CopyReport:
         links = HardLinks(target_fd)
-        shared = Shared(self._progress, links, threading.Lock(), self._methods, self._should_stop, self._observer)
+        shared = Shared(self._progress, links, threading.Lock(), self._methods, self._should_stop)
         carrier = self._carrier(shared)
         with Walk(source_fd) as source, Walk(target_fd) as target:
             if next(target.entries(), None) is not None:
                 raise OSError(errno.ENOTEMPTY, "the target of a copy must be empty")
             carrier.prepare_top(target_fd)
-            top = Folder(source_fd, target_fd, os.fstat(source_fd), Place(b"", None), b"")
+            top = Folder(source_fd, target_fd, os.fstat(source_fd), Place(b"", None))
             if self._workers == 1:
                 self._walk(source, target, top, carrier, None)
             else:

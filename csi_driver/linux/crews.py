@@ -47,7 +47,7 @@ class Crew:
             raise self._error
         opened = self._open.get(id(folder))
         if opened is None:
-            own = Folder(os.dup(folder.source), os.dup(folder.target), folder.status, folder.place, folder.path)
+            own = Folder(os.dup(folder.source), os.dup(folder.target), folder.status, folder.place)
             opened = self._open[id(folder)] = _Open(own)
         with self._guard:
             opened.pending += 1

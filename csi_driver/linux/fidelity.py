@@ -36,6 +36,8 @@ class InodeFidelity:
         self._not_carried = not_carried
         self._source_has_attributes = True
         self._source_has_flags = True
+        self._folder: object = None
+        self._made_right: set[tuple[int, int, int]] = set()
 
     def prepare_top(self, target: int) -> None:
         """Take inherited ACLs off the top of the copy, or all that is made in it would inherit them, too."""
@@ -68,9 +70,16 @@ class InodeFidelity:
         except OSError as error:
             self._refused(error, "inode flags", inode_flags.NO_FLAGS_HERE | _REFUSED)
 
-    def carry(self, source: int | bytes, target: int | bytes, status: os.stat_result) -> None:
-        """Give the target the owner, mode, ACLs, attributes and times of the source; `status` is the source's, read before."""
-        self._carry_owner_and_mode(target, status)
+    def carry(self, source: int | bytes, target: int | bytes, status: os.stat_result, folder: object = None) -> None:
+        """Give the target the owner, mode, ACLs, attributes and times of the source; `status` is the source's, read before.
+
+        `folder` stands for the directory in which a regular file was just made with the source's mode: what came out right there
+        once, comes out right again, and is not looked at.
+        """
+        if folder is None:
+            self._carry_owner_and_mode(target, status)
+        else:
+            self._carry_to_new_file(target, status, folder)
         if self._source_has_attributes:
             self._carry_attributes(source, target)
         try:
@@ -78,20 +87,32 @@ class InodeFidelity:
         except OSError as error:
             self._refused(error, "times")
 
-    def _carry_owner_and_mode(self, target: int | bytes, status: os.stat_result) -> None:
+    def _carry_to_new_file(self, target: int | bytes, status: os.stat_result, folder: object) -> None:
+        if folder is not self._folder:
+            self._folder = folder
+            self._made_right.clear()
+        wanted = status.st_mode, status.st_uid, status.st_gid
+        if wanted not in self._made_right and self._carry_owner_and_mode(target, status):
+            self._made_right.add(wanted)
+
+    def _carry_owner_and_mode(self, target: int | bytes, status: os.stat_result) -> bool:
+        """Return whether they were right already."""
         # A look costs less than a change: a local change is a transaction, and over NFS a round trip where the look is none.
         made = os.stat(target)  # noqa: PTH116 - likewise
-        if (made.st_uid, made.st_gid) != (status.st_uid, status.st_gid):
+        owner_is_right = (made.st_uid, made.st_gid) == (status.st_uid, status.st_gid)
+        if not owner_is_right:
             try:
                 os.chown(target, status.st_uid, status.st_gid)
             except OSError as error:
                 self._refused(error, "owner")
         # chown may have cleared setuid and setgid; nothing else in the mode.
-        if made.st_mode != status.st_mode or status.st_mode & (stat.S_ISUID | stat.S_ISGID):
+        mode_is_right = made.st_mode == status.st_mode and not status.st_mode & (stat.S_ISUID | stat.S_ISGID)
+        if not mode_is_right:
             try:
                 os.chmod(target, stat.S_IMODE(status.st_mode))  # noqa: PTH101 - a descriptor or its link, no path
             except OSError as error:
                 self._refused(error, "mode")
+        return owner_is_right and mode_is_right
 
     def _carry_attributes(self, source: int | bytes, target: int | bytes) -> None:
         try:

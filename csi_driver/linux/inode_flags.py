@@ -19,10 +19,6 @@ HOLDING = IMMUTABLE | APPEND
 
 _GET = 0x80006601 | struct.calcsize("l") << 16
 _SET = 0x40006602 | struct.calcsize("l") << 16
-_BTRFS_SUBVOLUME_GET = 0x80089419
-_BTRFS_SUBVOLUME_SET = 0x4008941A
-_BTRFS_SUBVOLUME_READ_ONLY = 2
-_BTRFS_SUBVOLUME_INODE = 256
 
 NO_FLAGS_HERE = frozenset({errno.ENOTTY, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 """What a filesystem answers that has no such flags (NFS, for one)."""
@@ -51,16 +47,3 @@ def clear_holding_flags(descriptor: int) -> bool:
         return False
     write_flags(descriptor, flags & ~HOLDING)
     return True
-
-
-def make_subvolume_writable(descriptor: int, inode: int) -> None:
-    """Clear the read-only property if this directory is a btrfs subvolume: unprivileged users can make such, too."""
-    if inode != _BTRFS_SUBVOLUME_INODE:
-        return
-    try:
-        flags = struct.unpack("=Q", fcntl.ioctl(descriptor, _BTRFS_SUBVOLUME_GET, bytes(8)))[0]
-        if flags & _BTRFS_SUBVOLUME_READ_ONLY:
-            fcntl.ioctl(descriptor, _BTRFS_SUBVOLUME_SET, struct.pack("=Q", flags & ~_BTRFS_SUBVOLUME_READ_ONLY))
-    except OSError as error:
-        if error.errno not in NO_FLAGS_HERE:
-            raise

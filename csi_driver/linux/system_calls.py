@@ -25,6 +25,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
 _syscall.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t]
 _syscall.restype = ctypes.c_long
+_ioprio_set = _libc["syscall"]  # by item: a function object of its own, with other arguments
+_ioprio_set.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_int, ctypes.c_int]
+_ioprio_set.restype = ctypes.c_long
 _getdents64 = _libc.getdents64
 _getdents64.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
 _getdents64.restype = ctypes.c_ssize_t
@@ -153,7 +156,7 @@ def set_io_priority(io_class: int, level: int) -> None:
 
     Raises OSError.
     """
-    if _libc.syscall(_ioprio_set_number(), 1, 0, io_class << 13 | level) < 0:
+    if _ioprio_set(_ioprio_set_number(), 1, 0, io_class << 13 | level) < 0:  # 1: IOPRIO_WHO_PROCESS, 0: the calling thread
         raise _failure()
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from csi_driver.errors import FailedPrecondition
-from csi_driver.linux import beneath
-from csi_driver.linux.inode_flags import clear_holding_flags, make_subvolume_writable
+from csi_driver.linux import beneath, btrfs
+from csi_driver.linux.inode_flags import clear_holding_flags
 from csi_driver.linux.system_calls import InodeReader, magic_link
 from csi_driver.linux.walk import Walk, WalkStopped
 
@@ -154,7 +154,8 @@ class _Removal:
             try:
                 if may_be_directory:
                     child = self._open(directory, name)
-                    make_subvolume_writable(child, os.fstat(child).st_ino)
+                    if self._destroy_subvolume(directory, name, child):
+                        return False
                     walk.enter(name, child)
                     return True
                 self._persist(walk, name, os.unlink)
@@ -192,6 +193,22 @@ class _Removal:
                 if self._refilled > _REFILLED_LIMIT:
                     raise
                 self._take(walk, name, may_be_directory=True)
+
+    def _destroy_subvolume(self, directory_fd: int, name: bytes, child: int) -> bool:
+        """Remove a btrfs subvolume in one step, whatever is in it; True where it is gone and `child` closed."""
+        if not btrfs.is_subvolume(child):
+            return False
+        btrfs.set_read_only(child, read_only=False)
+        try:
+            btrfs.destroy(directory_fd, name)
+        except OSError as error:
+            # Others lie in it, which go first, or the right is lacking: it is taken apart, and rmdir(2) ends it (Linux 4.18).
+            if error.errno not in btrfs.NOT_HERE | {errno.ENOTEMPTY}:
+                os.close(child)
+                raise
+            return False
+        os.close(child)
+        return True
 
     def _open(self, directory_fd: int, name: bytes) -> int:
         try:

@@ -6,7 +6,7 @@ Gigabytes in the page cache are one long stall for whoever needs the journal nex
 
 from csi_driver.linux.system_calls import sync_file_range_wait, sync_file_range_write
 
-STEP_BYTES = 8 * 1024 * 1024
+STEP_BYTES = 2 * 1024 * 1024
 _SMALL_BYTES = 1024 * 1024
 
 

@@ -14,6 +14,7 @@ from csi_driver.backends.base import PoolBackend
 from csi_driver.errors import TatamiError
 from csi_driver.volumes.attachments import Attachments
 from csi_driver.volumes.capacity import PoolCapacity
+from csi_driver.volumes.captures import Captures
 from csi_driver.volumes.contents import Contents
 from csi_driver.volumes.groups import Groups
 from csi_driver.volumes.health import Health
@@ -34,7 +35,9 @@ from csi_driver.volumes.services import Services
 from csi_driver.volumes.snapshots import Snapshots
 from csi_driver.volumes.sources import Sources
 from csi_driver.volumes.sweeper import Sweeper
+from csi_driver.volumes.turns import Turns
 from csi_driver.volumes.usage import UsageCounter
+from csi_driver.volumes.verification import Verifier
 
 _PREPARE_SECONDS = 10.0
 """How long a start waits for pools behind servers; what takes longer goes on by itself."""
@@ -67,6 +70,7 @@ class Domain:
     jobs: Jobs
     sweeper: Sweeper
     state: NodeState
+    verifier: Verifier
 
     def prepare(self) -> None:
         """Make the pools ready to be served.
@@ -118,10 +122,11 @@ def assemble(installation: Installation) -> Domain:
     }
     pools = Pools(stores, installation.default_pool)
     locks, jobs = KeyedLocks(), Jobs()
-    contents, sources = Contents(locks), Sources(pools, locks)
+    contents, sources = Contents(locks, Captures(Turns())), Sources(pools, locks)
     volume_removal, snapshot_removal = VolumeRemoval(locks, contents), SnapshotRemoval(locks)
-    provisioner = Provisioner(pools, locks, jobs, contents, sources, volume_removal)
-    snapshots = Snapshots(pools, locks, jobs, contents, sources, snapshot_removal)
+    verifier = Verifier(locks, contents, sources)
+    provisioner = Provisioner(pools, locks, jobs, contents, sources, volume_removal, verifier)
+    snapshots = Snapshots(pools, locks, jobs, contents, sources, snapshot_removal, verifier)
     groups = Groups(pools, locks, jobs, snapshots, sources, snapshot_removal)
     health = Health(pools)
     state = NodeState(installation.state_directory, installation.driver)
@@ -148,4 +153,4 @@ def assemble(installation: Installation) -> Domain:
     # A node alone does not sweep what lies behind a server: there the controller does.
     swept = {name: store for name, store in stores.items() if controller or not store.backend.remote}
     sweeper = Sweeper(Pools(swept, None), locks, volume_removal, snapshot_removal, groups, trash_filled)
-    return Domain(services, pools, jobs, sweeper, state)
+    return Domain(services, pools, jobs, sweeper, state, verifier)

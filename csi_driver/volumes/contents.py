@@ -13,11 +13,11 @@ from itertools import chain
 from typing import Self
 
 from csi_driver.errors import FailedPrecondition, InvalidArgument, NotFound, OperationPending, RecordDamaged, quoted
-from csi_driver.linux import files
-from csi_driver.linux.copies import copy_tree
+from csi_driver.linux import btrfs, files
 from csi_driver.linux.system_calls import InodeReader
 from csi_driver.linux.trees import apply_owner_and_mode
-from csi_driver.volumes.jobs import JobCancelled, JobControl
+from csi_driver.volumes.captures import Captures
+from csi_driver.volumes.jobs import JobControl
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import CaptureReport, Ownership, SourceKind, VolumeRecord
 from csi_driver.volumes.pools import SNAPSHOT_DATA, STAGING, PoolStore, exists_at
@@ -26,7 +26,6 @@ from csi_driver.volumes.trash import volumes_being_deleted
 _NEW_VOLUME_MODE = 0o755
 _PARENT_MODE = 0o755
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_REMOTE_WORKERS = 16  # where each step of a copy is a round trip (linux/copies.py)
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ class Source:
     kind: SourceKind
     record_id: str
     directory: str = ""
+    bytes: int | None = None  # how much it holds, where that is known
 
 
 def content_key(record_id: str) -> str:
@@ -47,8 +47,9 @@ def content_key(record_id: str) -> str:
 class Contents:
     """Builds content and moves it into place."""
 
-    def __init__(self, locks: KeyedLocks) -> None:
+    def __init__(self, locks: KeyedLocks, captures: Captures) -> None:
         self._locks = locks
+        self._captures = captures
         # Parents of templated directories that were seen to be no volume: a parent stays none for as long as it exists.
         self._known_parents: set[tuple[str, str, int, tuple[int, int]]] = set()
 
@@ -59,12 +60,18 @@ class Contents:
         store.trash_staging(record.id)
         with store.open(STAGING) as staging:
             name = _staging_name(record.id, record.token)
-            os.mkdir(name, 0o700, dir_fd=staging)
+            self._captures.make_empty(store, staging, name)
             mode = _NEW_VOLUME_MODE if record.ownership.mode is None else record.ownership.mode
             self._dress(staging, name, replace(record.ownership, mode=mode))
 
     def copy(
-        self, store: PoolStore, record_id: str, token: str, source: Source, ownership: Ownership | None, job: JobControl
+        self,
+        store: PoolStore,
+        record_id: str,
+        token: str,
+        source: Source,
+        ownership: Ownership | None,
+        job: JobControl,
     ) -> CaptureReport:
         """Copy `source`, which the caller holds (sources.py), into staging, all of it or nothing, and bring it to disk.
 
@@ -73,21 +80,21 @@ class Contents:
         store.trash_staging(record_id)
         name = _staging_name(record_id, token)
         with _open_source(source) as origin, store.open(STAGING) as staging:
-            os.mkdir(name, 0o700, dir_fd=staging)
-            with _Descriptor(os.open(name, _DIRECTORY, dir_fd=staging)) as target:
-                workers = _REMOTE_WORKERS if store.backend.remote else 1
-                report = copy_tree(origin.fd, target.fd, progress=job.progress, should_stop=job.should_stop, workers=workers)
-                if job.should_stop():
-                    raise JobCancelled(f"the copy for {record_id} was stopped")
-                files.sync_filesystem(target.fd)
+            job.total_bytes = source.bytes
+            report = self._captures.capture(store, origin.fd, staging, name, job)
             self._dress(staging, name, ownership or Ownership())
-        return CaptureReport(report.method, report.files, report.bytes, dict(report.not_carried))
+        return report
+
+    @contextmanager
+    def open(self, source: Source) -> Iterator[int]:
+        """Open what a source holds. Raises FailedPrecondition when it is missing."""
+        with _open_source(source) as content:
+            yield content.fd
 
     def _dress(self, staging: int, name: str, ownership: Ownership) -> None:
         with _Descriptor(os.open(name, _DIRECTORY, dir_fd=staging)) as top:
             apply_owner_and_mode(top.fd, ownership.uid, ownership.gid, ownership.mode)
-            os.fsync(top.fd)
-        files.sync_directory(staging)
+            os.fsync(top.fd)  # its name in staging may be lost in a crash: nobody looks for it there
 
     def discard(self, store: PoolStore, record_id: str) -> None:
         """Throw away what is being built for `record_id`."""
@@ -101,7 +108,7 @@ class Contents:
             return False
         try:
             with store.open_volume(record.directory) as top:
-                return os.fstat(top).st_ino == record.content_inode
+                return _identity(top) == record.content_inode
         except NotFound:
             return False
 
@@ -115,7 +122,8 @@ class Contents:
             with store.open_parent(record.directory) as (parent, name), store.open(STAGING) as staging:
                 staged = _staging_name(record.id, record.token)
                 claimed_before = self._check_free(store, record, parent, name)
-                inode = os.stat(staged, dir_fd=staging, follow_symlinks=False).st_ino
+                with _Descriptor(os.open(staged, _DIRECTORY, dir_fd=staging)) as content:
+                    inode = _identity(content.fd)
                 # The claim is on disk before the directory: after a crash, an empty directory of that name is known to be ours.
                 record = store.volumes.replace(replace(record, claimed=True, content_inode=inode))
                 if not claimed_before:
@@ -133,6 +141,12 @@ class Contents:
             os.rename(_staging_name(record_id, token), record_id, src_dir_fd=staging, dst_dir_fd=data)
             files.sync_directory(data)
             files.sync_directory(staging)
+        self.seal_snapshot(store, record_id)
+
+    def seal_snapshot(self, store: PoolStore, record_id: str) -> None:
+        """Make a snapshot that is a subvolume read-only; only then, for what is read-only cannot be moved into place."""
+        with store.open(SNAPSHOT_DATA) as data, _Descriptor(os.open(record_id, _DIRECTORY, dir_fd=data)) as content:
+            btrfs.set_read_only(content.fd, read_only=True)
 
     def has_snapshot(self, store: PoolStore, record_id: str) -> bool:
         """Tell whether a snapshot's content is in place: it gets there complete or not at all."""
@@ -149,7 +163,7 @@ class Contents:
         with self._hold_place(store, record.directory):
             try:
                 with store.open_volume(record.directory) as top:
-                    inode = os.fstat(top).st_ino
+                    inode = _identity(top)
             except NotFound:
                 yield False
                 return
@@ -260,6 +274,12 @@ def _open_source(source: Source) -> _Descriptor:
         raise FailedPrecondition(
             f"the content of {source.kind} {source.record_id} is missing from pool {source.store.name}"
         ) from error
+
+
+def _identity(descriptor: int) -> int:
+    """Return what tells this directory from others: the inode's number; of a btrfs subvolume, where that is always 256, minus its id."""
+    subvolume = btrfs.subvolume_id(descriptor)
+    return os.fstat(descriptor).st_ino if subvolume is None else -subvolume
 
 
 def _parents(directory: str) -> list[str]:

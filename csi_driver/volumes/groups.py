@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from csi_driver.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, quoted
+from csi_driver.volumes.captures import FILE_BY_FILE, POINT_IN_TIME
 from csi_driver.volumes.handles import GROUP, SNAPSHOT, parse_handle
 from csi_driver.volumes.jobs import JobControl, Jobs
 from csi_driver.volumes.locks import KeyedLocks
@@ -15,6 +16,9 @@ from csi_driver.volumes.removal import SnapshotRemoval
 from csi_driver.volumes.snapshots import Snapshots, show
 from csi_driver.volumes.sources import Sources
 from csi_driver.volumes.trash import begin_deletion, unfinished_deletions
+
+POINT_IN_TIME_EACH = "point in time for each volume, not across volumes"
+"""The honest label of a group whose members were cut one right after the other, each in one step."""
 
 
 class Groups:
@@ -142,11 +146,12 @@ class Groups:
                 record = self._begin(store, group_id, name, sources)
             if record.phase is Phase.CREATING:
                 try:
-                    self._cut_all(store, record, job)
+                    consistency = self._cut_all(store, record, job)
                 except BaseException:
                     self._give_up(store, record)
                     raise
-            return self._show(store, store.groups.replace(replace(record, phase=Phase.READY)))
+                record = store.groups.replace(replace(record, phase=Phase.READY, consistency=consistency))
+            return self._show(store, record)
 
     def _begin(self, store: PoolStore, group_id: str, name: str, sources: tuple[str, ...]) -> GroupRecord:
         handle = store.handle_of(group_id)
@@ -167,20 +172,26 @@ class Groups:
             raise AlreadyExists(f"group snapshot {quoted(name)} is being made by another controller")
         return record
 
-    def _cut_all(self, store: PoolStore, record: GroupRecord, job: JobControl) -> None:
-        cut: list[SnapshotRecord] = []
+    def _cut_all(self, store: PoolStore, record: GroupRecord, job: JobControl) -> str:
+        """Make all members ready, and return the label that the group as a whole deserves."""
         with ExitStack() as held:
             for member_id in _member_ids(record):
                 held.enter_context(self._locks.hold(store, f"snapshot:{member_id}"))
+            begun = []
             for member_id, source_handle in zip(_member_ids(record), record.sources, strict=True):
                 member = store.snapshots.get(member_id)
                 if member is None:
                     _, source = self._sources.volume(source_handle)
                     member = self._snapshots.begin(store, member_id, f"{record.name}/{source_handle}", source, record.handle)
-                cut.append(self._snapshots.cut(store, member, job))
+                begun.append(member)
+            # Back to back, with nothing written in between: as close to one moment as the pool can come.
+            cut = [self._snapshots.cut(store, member, job) for member in begun]
+            placed = [self._snapshots.place(store, member) for member in cut]
             # Not one is shown before all are cut; after a crash from here on, the retry finds each in place and goes on.
-            for member in cut:
+            for member in placed:
                 store.snapshots.replace(replace(member, phase=Phase.READY))
+        each = {member.consistency for member in placed}
+        return POINT_IN_TIME_EACH if each == {POINT_IN_TIME} else FILE_BY_FILE
 
     def _give_up(self, store: PoolStore, record: GroupRecord) -> None:
         for member_id in _member_ids(record):

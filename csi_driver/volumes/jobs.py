@@ -21,6 +21,8 @@ T = TypeVar("T")
 REPLY_MARGIN_SECONDS = 1.0
 """How long before its deadline a call stops waiting, so that the answer still reaches the caller."""
 KEEP_FAILURE_SECONDS = 600.0
+MOST_JOBS = 500
+"""Each job is a thread, running or in line; who comes later is told to come back."""
 
 _log = logging.getLogger(__name__)
 
@@ -37,9 +39,28 @@ class JobControl:
     progress: Progress = field(default_factory=Progress)
     started: float = field(default_factory=time.monotonic)
     cancelled: threading.Event = field(default_factory=threading.Event)
+    ahead: int = 0  # how many others have to end before it is this one's turn
+    total_bytes: int | None = None  # what will have been done at the end, where that is known
 
     def should_stop(self) -> bool:
         return self.cancelled.is_set()
+
+    def began(self) -> None:
+        """Count time from now on: its turn has come."""
+        self.ahead = 0
+        self.started = time.monotonic()
+
+    def describe(self) -> str:
+        """Say how far it is: files, bytes, rate, and how long the rest will take where that can be told."""
+        if self.ahead:
+            return f"waits for its turn, {self.ahead} before it"
+        files, done, seconds = self.progress.files, self.progress.bytes, time.monotonic() - self.started
+        rate = done / seconds if seconds > 0 else 0.0
+        of_all = f" of {show_bytes(self.total_bytes)}" if self.total_bytes else ""
+        said = f"{files} files, {show_bytes(done)}{of_all} in {seconds:.0f} s, {show_bytes(rate)}/s"
+        if self.total_bytes and rate and self.total_bytes > done:
+            said += f", about {(self.total_bytes - done) / rate:.0f} s to go"
+        return said
 
 
 @dataclass(eq=False)
@@ -67,7 +88,7 @@ class Jobs:
         """
         job = self._join_or_start(key, work)
         if not job.finished.wait(max(0.0, deadline - REPLY_MARGIN_SECONDS - time.monotonic())):
-            raise OperationPending(f"{key} is being made ({job.progress}); the work goes on, try again")
+            raise OperationPending(f"{key} is being made ({job.describe()}); the work goes on, try again")
         self._forget(job)
         if job.error is not None:
             raise job.error
@@ -113,6 +134,8 @@ class Jobs:
                 return found  # one key stands for one kind of work
             if self._stopping:
                 raise Unavailable("the driver is shutting down; try again")
+            if sum(not job.finished.is_set() for job in self._jobs.values()) >= MOST_JOBS:
+                raise OperationPending(f"{MOST_JOBS} jobs run or wait already; try again")
             job: Job[T] = Job(key)
             self._jobs[key] = job
         context = contextvars.copy_context()  # the request id stays in the job's log lines
@@ -149,3 +172,12 @@ class Jobs:
         for key, job in list(self._jobs.items()):
             if job.finished.is_set() and now - job.ended > KEEP_FAILURE_SECONDS:
                 del self._jobs[key]
+
+
+def show_bytes(number: float) -> str:
+    """Show bytes in the largest binary unit that leaves a digit before the point."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} TiB"

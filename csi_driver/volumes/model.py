@@ -117,6 +117,7 @@ class ClassParameters:
     directory: str | None = None
     on_delete: OnDelete = OnDelete.DELETE
     ownership: Ownership = Ownership()
+    verify: bool = False  # restore only snapshots that are what they were
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ class CreateSnapshot:
     name: str
     source_handle: str
     requisite: tuple[Topology, ...] = ()
+    digests: bool = False  # read the snapshot once it is cut, so that it can be verified from then on
 
 
 @dataclass(frozen=True)
@@ -179,12 +181,24 @@ class PublishVolume:
 
 @dataclass(frozen=True)
 class CaptureReport:
-    """How content was made: by which method, how much, and what the filesystems could not carry (kind -> count)."""
+    """How content was made: by which method, how much, and what the filesystems could not carry (kind -> count).
+
+    A method that makes a whole tree in one step does not count files and bytes: None.
+    """
 
     method: str
-    files: int
-    bytes: int
+    files: int | None = None
+    bytes: int | None = None
     not_carried: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ManifestSummary:
+    """What the manifest of a snapshot says in all (manifests.py): entries that are no directories, bytes, and its own digest."""
+
+    entries: int
+    bytes: int
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -212,6 +226,7 @@ class VolumeRecord:
     published: tuple[NodePublication, ...] = ()
     epoch: int = 0
     ephemeral: bool = False
+    verify: bool = False
 
 
 @dataclass(frozen=True)
@@ -231,6 +246,7 @@ class SnapshotRecord:
     group_handle: str | None = None
     consistency: str | None = None
     capture: CaptureReport | None = None
+    manifest: ManifestSummary | None = None
 
 
 @dataclass(frozen=True)
@@ -247,6 +263,7 @@ class GroupRecord:
     created_at_ns: int
     sources: tuple[str, ...]
     members: tuple[str, ...]
+    consistency: str | None = None
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def parse_class_parameters(parameters: Mapping[str, str], mutable: Mapping[str, 
     Raises InvalidArgument naming the key, its value and what is allowed.
     """
     own = _without_kubernetes(parameters)
-    _refuse_unknown("parameters", own, ("pool", "directory", "onDelete", "uid", "gid", "mode"))
+    _refuse_unknown("parameters", own, ("pool", "directory", "onDelete", "uid", "gid", "mode", "verify"))
     on_delete = parse_mutable_parameters(mutable or {}) or _take("parameters", own, "onDelete", _on_delete)
     return ClassParameters(
         pool=_take("parameters", own, "pool", _pool),
@@ -77,9 +77,28 @@ def parse_mutable_parameters(mutable: Mapping[str, str]) -> OnDelete | None:
     return _take("mutable_parameters", mutable, "onDelete", _on_delete)
 
 
-def parse_snapshot_parameters(parameters: Mapping[str, str]) -> None:
-    """Refuse every VolumeSnapshotClass parameter but those that the snapshotter adds itself."""
-    _refuse_unknown("parameters", _without_kubernetes(parameters), ())
+def parse_snapshot_parameters(parameters: Mapping[str, str]) -> bool:
+    """Parse a VolumeSnapshotClass' parameters: whether snapshots are read once they are cut, to be verified from then on."""
+    own = _without_kubernetes(parameters)
+    _refuse_freeze(own)
+    _refuse_unknown("parameters", own, ("digests",))
+    return _take("parameters", own, "digests", _yes_or_no) or False
+
+
+def parse_group_parameters(parameters: Mapping[str, str]) -> None:
+    """Refuse every VolumeGroupSnapshotClass parameter but those that the snapshotter adds itself."""
+    own = _without_kubernetes(parameters)
+    _refuse_freeze(own)
+    _refuse_unknown("parameters", own, ())
+
+
+def _refuse_freeze(own: Mapping[str, str]) -> None:
+    if "freeze" in own:
+        raise InvalidArgument.field(
+            'parameters["freeze"]',
+            own["freeze"],
+            "volumes that are directories share one filesystem, which is never frozen for one of them; leave it out",
+        )
 
 
 def parse_inline_parameters(context: Mapping[str, str]) -> InlineParameters:
@@ -152,6 +171,12 @@ def _on_delete(field: str, value: str) -> OnDelete:
         return OnDelete(value)
     except ValueError:
         raise InvalidArgument.field(field, value, "allowed are `delete`, `retain` and `archive`") from None
+
+
+def _yes_or_no(field: str, value: str) -> bool:
+    if value not in {"true", "false"}:
+        raise InvalidArgument.field(field, value, 'allowed are "true" and "false"')
+    return value == "true"
 
 
 def _owner(field: str, value: str) -> int:

@@ -7,6 +7,7 @@
     volumes/ snapshots/ groups/         records
     retained/ archived/                 records that no longer answer to a name
     snapshots-data/<id>/                the content of snapshots
+    manifests/<id>                      what is in a snapshot, file by file
     staging/<id>.<token>/               content that is being made
     trash/<id>.<token>/                 the data of what was deleted or given up, until the reaper has removed it
     trash/<id>.<token>.<kind>.json      the record of what is being deleted, until its data is in the trash as well
@@ -30,6 +31,7 @@ from csi_driver.backends.impatience import Impatience
 from csi_driver.errors import FailedPrecondition, NotFound, RecordDamaged, ResourceExhausted, Unavailable, quoted
 from csi_driver.linux import files
 from csi_driver.linux.byte_range_locks import ByteRangeLocks, HeldLock
+from csi_driver.linux.renames import rename_directory
 from csi_driver.volumes.handles import Handle, derive_id, node_tag, parse_handle
 from csi_driver.volumes.model import GroupRecord, SnapshotRecord, Topology, VolumeRecord
 from csi_driver.volumes.records import RecordFolder
@@ -38,8 +40,8 @@ CONTROL = ".csi"
 FORMAT_VERSION = 1
 VOLUMES, SNAPSHOTS, GROUPS = "volumes", "snapshots", "groups"
 RETAINED, ARCHIVED = "retained", "archived"
-SNAPSHOT_DATA, STAGING, TRASH = "snapshots-data", "staging", "trash"
-_FOLDERS = (VOLUMES, SNAPSHOTS, GROUPS, RETAINED, ARCHIVED, SNAPSHOT_DATA, STAGING, TRASH)
+SNAPSHOT_DATA, MANIFESTS, STAGING, TRASH = "snapshots-data", "manifests", "staging", "trash"
+_FOLDERS = (VOLUMES, SNAPSHOTS, GROUPS, RETAINED, ARCHIVED, SNAPSHOT_DATA, MANIFESTS, STAGING, TRASH)
 ARCHIVE_DIRECTORY = "archived"
 """Where, beside the volumes, the data of `onDelete: archive` goes."""
 
@@ -277,14 +279,20 @@ class PoolStore:
 
     def discard_snapshot_data(self, record_id: str) -> None:
         """Move the content of a snapshot that never became ready into the trash."""
+        self.drop_manifest(record_id)
         with self.open(SNAPSHOT_DATA) as data:
             self._discard(data, record_id, record_id)
+
+    def drop_manifest(self, record_id: str) -> None:
+        """Remove the manifest of a snapshot that is on its way out; none is fine."""
+        with suppress(FileNotFoundError), self.open(MANIFESTS) as manifests:
+            os.unlink(record_id, dir_fd=manifests)
 
     def _discard(self, parent: int, name: str, record_id: str) -> None:
         # By rename alone: a copy that has filled the disk must be removable, and there a mkdir finds no room.
         with self.open(TRASH) as trash:
             try:
-                os.rename(name, f"{record_id}.{new_token()}", src_dir_fd=parent, dst_dir_fd=trash)
+                rename_directory(parent, name, trash, f"{record_id}.{new_token()}")
             except FileNotFoundError:
                 return
             files.sync_directory(trash)

@@ -37,13 +37,21 @@ from csi_driver.volumes.paging import take_page
 from csi_driver.volumes.pools import Pools, PoolStore, new_token
 from csi_driver.volumes.removal import VolumeRemoval
 from csi_driver.volumes.sources import Sources
+from csi_driver.volumes.verification import Verifier
 
 
 class Provisioner:
     """The VolumeService (services.py)."""
 
     def __init__(
-        self, pools: Pools, locks: KeyedLocks, jobs: Jobs, contents: Contents, sources: Sources, removal: VolumeRemoval
+        self,
+        pools: Pools,
+        locks: KeyedLocks,
+        jobs: Jobs,
+        contents: Contents,
+        sources: Sources,
+        removal: VolumeRemoval,
+        verifier: Verifier,
     ) -> None:
         self._pools = pools
         self._locks = locks
@@ -51,6 +59,7 @@ class Provisioner:
         self._contents = contents
         self._sources = sources
         self._removal = removal
+        self._verifier = verifier
 
     # --- create -------------------------------------------------------------------------------------------------------------------
 
@@ -132,6 +141,7 @@ class Provisioner:
             ownership=parameters.ownership,
             source=request.source,
             ephemeral=request.ephemeral,
+            verify=parameters.verify,
         )
         if not store.volumes.add(record):
             raise AlreadyExists(f"volume {quoted(request.name)} is being made by another controller")
@@ -177,8 +187,11 @@ class Provisioner:
 
     def _fill(self, store: PoolStore, record: VolumeRecord, job: JobControl | None) -> VolumeRecord:
         assert record.source is not None
+        job = job or JobControl(record.id)
         with self._sources.hold(record.source) as source:
-            report = self._contents.copy(store, record.id, record.token, source, record.ownership, job or JobControl(record.id))
+            if record.verify:
+                self._verifier.require_whole(source, job)
+            report = self._contents.copy(store, record.id, record.token, source, record.ownership, job)
         return replace(record, capture=report)
 
     def _give_up(self, store: PoolStore, record_id: str) -> None:

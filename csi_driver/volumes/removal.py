@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from csi_driver.errors import FailedPrecondition, OperationPending
 from csi_driver.linux import files
+from csi_driver.linux.renames import rename_directory
 from csi_driver.volumes.contents import Contents, content_key
 from csi_driver.volumes.handles import SNAPSHOT, VOLUME
 from csi_driver.volumes.locks import KeyedLocks
@@ -144,7 +145,7 @@ def _archive(store: PoolStore, record: VolumeRecord) -> None:
         if exists_at(archive, name):
             return  # moved before a crash: what lies at the old place now is another's
         with store.open_parent(record.directory) as (parent, last):
-            os.rename(last, name, src_dir_fd=parent, dst_dir_fd=archive)
+            rename_directory(parent, last, archive, name)
             files.sync_directory(archive)
             files.sync_directory(parent)
     except FileNotFoundError:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from csi_driver.errors import AlreadyExists, InvalidArgument, NotFound, RecordDamaged, ResourceExhausted, quoted
+from csi_driver.volumes.captures import consistency_of
 from csi_driver.volumes.contents import Contents
 from csi_driver.volumes.handles import SNAPSHOT, parse_handle
 from csi_driver.volumes.jobs import JobControl, Jobs
@@ -26,16 +27,21 @@ from csi_driver.volumes.paging import take_page
 from csi_driver.volumes.pools import Pools, PoolStore, new_token
 from csi_driver.volumes.removal import SnapshotRemoval
 from csi_driver.volumes.sources import Sources
-
-FILE_BY_FILE = "file by file"
-"""The honest label of a snapshot whose files were read one after another while somebody may have written."""
+from csi_driver.volumes.verification import Verifier
 
 
 class Snapshots:
     """The SnapshotService (services.py)."""
 
     def __init__(
-        self, pools: Pools, locks: KeyedLocks, jobs: Jobs, contents: Contents, sources: Sources, removal: SnapshotRemoval
+        self,
+        pools: Pools,
+        locks: KeyedLocks,
+        jobs: Jobs,
+        contents: Contents,
+        sources: Sources,
+        removal: SnapshotRemoval,
+        verifier: Verifier,
     ) -> None:
         self._pools = pools
         self._locks = locks
@@ -43,6 +49,7 @@ class Snapshots:
         self._contents = contents
         self._sources = sources
         self._removal = removal
+        self._verifier = verifier
 
     # --- create -------------------------------------------------------------------------------------------------------------------
 
@@ -91,7 +98,9 @@ class Snapshots:
                 record = self.begin(store, record_id, request.name, source, None)
             if record.phase is Phase.CREATING:
                 try:
-                    record = self.cut(store, record, job)
+                    record = self.place(store, self.cut(store, record, job))
+                    if request.digests:
+                        record = self._verifier.digest(store, record, job)
                 except BaseException:
                     self.give_up(store, record_id)
                     raise
@@ -116,20 +125,26 @@ class Snapshots:
             source_handle=source.handle,
             size_bytes=source.capacity_bytes,
             group_handle=group_handle,
-            consistency=FILE_BY_FILE,
         )
         if not store.snapshots.add(record):
             raise AlreadyExists(f"snapshot {quoted(name)} is being made by another controller")
         return record
 
     def cut(self, store: PoolStore, record: SnapshotRecord, job: JobControl) -> SnapshotRecord:
-        """Make the content of a snapshot that is `creating`; it stays so until the caller says `ready`."""
+        """Make the content of a snapshot that is `creating`, out of sight in staging; `place` must follow."""
         if self._contents.has_snapshot(store, record.id):
             return record  # in place before a crash: content gets there complete or not at all
         with self._sources.hold(ContentSource(SourceKind.VOLUME, record.source_handle)) as source:
             cut_at = time.time_ns()  # after a crash it is cut anew, and later
             report = self._contents.copy(store, record.id, record.token, source, None, job)
-        record = store.snapshots.replace(replace(record, capture=report, created_at_ns=cut_at))
+        return replace(record, capture=report, created_at_ns=cut_at, consistency=consistency_of(report))
+
+    def place(self, store: PoolStore, record: SnapshotRecord) -> SnapshotRecord:
+        """Move what was cut into its place; it stays `creating` until the caller says `ready`."""
+        if self._contents.has_snapshot(store, record.id):
+            self._contents.seal_snapshot(store, record.id)
+            return record
+        record = store.snapshots.replace(record)
         self._contents.place_snapshot(store, record.id, record.token)
         return record
 

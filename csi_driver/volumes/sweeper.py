@@ -19,7 +19,7 @@ from csi_driver.volumes.groups import Groups
 from csi_driver.volumes.handles import GROUP, ID_PATTERN, VOLUME
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import GroupRecord, Phase, SnapshotRecord, VolumeRecord
-from csi_driver.volumes.pools import GROUPS, SNAPSHOTS, STAGING, VOLUMES, Pools, PoolStore
+from csi_driver.volumes.pools import GROUPS, MANIFESTS, SNAPSHOTS, STAGING, VOLUMES, Pools, PoolStore
 from csi_driver.volumes.reaper import Reaper
 from csi_driver.volumes.removal import SnapshotRemoval, VolumeRemoval
 from csi_driver.volumes.trash import Deletion, unfinished_deletions
@@ -135,7 +135,7 @@ class Sweeper:
         self._sweep_staging(store, report, stale)
         self._complete_deletions(store, report, stale)
         self._complete(store, report, stale)
-        for folder in (VOLUMES, SNAPSHOTS, GROUPS):
+        for folder in (VOLUMES, SNAPSHOTS, GROUPS, MANIFESTS):
             with store.open(folder) as opened:
                 files.remove_leftover_temporaries(opened, _TEMPORARY_SECONDS)
         self._suspects = {suspect for suspect in self._suspects if suspect[0] != store.name} | seen

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from csi_driver.errors import RecordDamaged
 from csi_driver.linux import files
+from csi_driver.linux.renames import rename_directory
 from csi_driver.volumes.handles import GROUP, SNAPSHOT, VOLUME
 from csi_driver.volumes.model import GroupRecord, SnapshotRecord, VolumeRecord
 from csi_driver.volumes.pools import SNAPSHOT_DATA, TRASH, PoolStore, exists_at, new_token
@@ -49,7 +50,8 @@ class Deletion:
             self._take(parent, name)
 
     def take_snapshot(self) -> None:
-        """Move a snapshot's content to the trash; one that is gone already is fine."""
+        """Move a snapshot's content to the trash, without its manifest; one that is gone already is fine."""
+        self.store.drop_manifest(self.record_id)
         with suppress(FileNotFoundError), self.store.open(SNAPSHOT_DATA) as parent:
             self._take(parent, self.record_id)
 
@@ -61,7 +63,7 @@ class Deletion:
 
     def _take(self, parent: int, name: str) -> None:
         with self.store.open(TRASH) as trash:
-            os.rename(name, self.data_name, src_dir_fd=parent, dst_dir_fd=trash)
+            rename_directory(parent, name, trash, self.data_name)
             files.sync_directory(trash)
             files.sync_directory(parent)
 

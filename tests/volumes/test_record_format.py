@@ -39,6 +39,7 @@ FULL = replace(
     published=(NodePublication("node", AccessMode.SINGLE_NODE_WRITER, readonly=True),),
     epoch=3,
     ephemeral=True,
+    verify=True,
 )
 
 

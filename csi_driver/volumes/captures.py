@@ -1,0 +1,115 @@
+"""Captures: filling a new directory with what a volume or a snapshot holds, by the best way that the pool has.
+
+The ladder, from the top: *subvolume* (a btrfs snapshot: one point in time, in milliseconds, whatever the size), *reflink*,
+*copy_file_range*, *copy* (linux/contents.py: file by file). What a pool can do is found out once by trying, and again at each start.
+Where subvolumes can be had each volume is one, so that it can be captured at once; a directory that is none (made before, offered by
+an admin) and one in which a tenant has made subvolumes of his own, which a snapshot would leave out, go one rung lower.
+"""
+
+import logging
+import os
+import threading
+
+from csi_driver.linux import abilities, btrfs, files
+from csi_driver.linux.abilities import Abilities
+from csi_driver.linux.copies import copy_tree
+from csi_driver.linux.inode_flags import clear_holding_flags
+from csi_driver.linux.priorities import stand_back
+from csi_driver.volumes.jobs import JobCancelled, JobControl
+from csi_driver.volumes.model import CaptureReport
+from csi_driver.volumes.pools import STAGING, PoolStore
+from csi_driver.volumes.turns import Turns
+
+POINT_IN_TIME = "point in time"
+FILE_BY_FILE = "file by file"
+SUBVOLUME = "subvolume"
+
+LOCAL_WORKERS = 1
+"""On a local disk a second thread only takes the interpreter from the first: 10,000 files took 0.24 s with one, 0.72 s with two."""
+REMOTE_WORKERS = 16
+"""Where each step is a round trip, many can wait at once; with a round trip of 1 ms 16 threads copy 3 times as fast as cp -a."""
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_log = logging.getLogger(__name__)
+
+
+def consistency_of(report: CaptureReport) -> str:
+    """Say honestly what a capture shows: one moment, or each file as it was when it was read."""
+    return POINT_IN_TIME if report.method == SUBVOLUME else FILE_BY_FILE
+
+
+class Captures:
+    """Makes directories in staging and fills them."""
+
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
+        self._guard = threading.Lock()
+        self._known: dict[str, Abilities] = {}
+
+    def abilities_of(self, store: PoolStore) -> Abilities:
+        """Return what the pool can do. Raises OSError where it cannot be found out now (ENOSPC, EROFS)."""
+        with self._guard:
+            known = self._known.get(store.name)
+        if known is None:
+            with store.open(STAGING) as staging:
+                known = abilities.probe(staging)
+            _log.info("how a pool captures", extra={"pool": store.name, "capture": known.best})
+            with self._guard:
+                self._known[store.name] = known
+        return known
+
+    def make_empty(self, store: PoolStore, staging: int, name: str) -> None:
+        """Make an empty directory (0700) that can be captured as well as the pool allows."""
+        if self.abilities_of(store).subvolumes:
+            btrfs.create(staging, name)
+            os.chmod(name, 0o700, dir_fd=staging)
+        else:
+            os.mkdir(name, 0o700, dir_fd=staging)
+
+    def capture(self, store: PoolStore, source: int, staging: int, name: str, job: JobControl) -> CaptureReport:
+        """Make `name` in staging hold what the directory `source` holds, on disk when this returns.
+
+        Raises JobCancelled, OSError.
+        """
+        if self.abilities_of(store).subvolumes and (report := _snapshot(source, staging, name)) is not None:
+            return report
+        with self._turns.take(store.name, job):
+            stand_back()
+            files.sync_filesystem(source)  # what was written before is in the copy, also where writing it out fails only now
+            self.make_empty(store, staging, name)
+            target = os.open(name, _DIRECTORY, dir_fd=staging)
+            try:
+                copied = copy_tree(
+                    source,
+                    target,
+                    progress=job.progress,
+                    should_stop=job.should_stop,
+                    workers=REMOTE_WORKERS if store.backend.remote else LOCAL_WORKERS,
+                )
+                if job.should_stop():
+                    raise JobCancelled(f"{job.key} was stopped")
+                files.sync_filesystem(target)
+            finally:
+                os.close(target)
+        return CaptureReport(copied.method, copied.files, copied.bytes, dict(copied.not_carried))
+
+
+def _snapshot(source: int, staging: int, name: str) -> CaptureReport | None:
+    """Take a snapshot that holds all that `source` holds; None where that cannot be had."""
+    if not btrfs.is_subvolume(source) or btrfs.holds_subvolumes(source):
+        return None
+    try:
+        btrfs.snapshot(source, staging, name)
+    except OSError as error:
+        if error.errno in btrfs.NOT_HERE:
+            return None
+        raise
+    if btrfs.holds_subvolumes(source):  # made since we looked: it may have been there at the moment of the snapshot
+        btrfs.destroy(staging, name)
+        return None
+    top = os.open(name, _DIRECTORY, dir_fd=staging)
+    try:
+        held = clear_holding_flags(top)  # it must still be moved into place
+        return CaptureReport(SUBVOLUME, None, None, {"inode flags": 1} if held else {})
+    finally:
+        os.close(top)

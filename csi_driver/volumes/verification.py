@@ -1,0 +1,99 @@
+"""Verification: does a snapshot still hold what it held when its digests were made?
+
+Storage below us makes most snapshots without showing us a byte, so digests are made by reading: at once where the
+VolumeSnapshotClass says `digests: "true"`, otherwise by the first `tatami snapshots verify`. From then on each verification, and each
+restore of a class with `verify: "true"`, reads the snapshot again and compares.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+
+from csi_driver.errors import FailedPrecondition
+from csi_driver.linux.priorities import stand_back
+from csi_driver.volumes.contents import Contents, Source
+from csi_driver.volumes.jobs import JobControl
+from csi_driver.volumes.locks import KeyedLocks
+from csi_driver.volumes.manifests import MOST_DIFFERENCES, Difference, Manifest, read_manifest
+from csi_driver.volumes.model import ContentSource, ManifestSummary, SnapshotRecord, SourceKind
+from csi_driver.volumes.pools import PoolStore
+from csi_driver.volumes.sources import Sources
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a look at a snapshot gave. `first`: there was nothing to compare with, and now there is."""
+
+    record: SnapshotRecord
+    summary: ManifestSummary
+    first: bool
+    differences: tuple[Difference, ...]
+
+    @property
+    def whole(self) -> bool:
+        return not self.differences
+
+
+class Verifier:
+    """Makes and compares digests of snapshots."""
+
+    def __init__(self, locks: KeyedLocks, contents: Contents, sources: Sources) -> None:
+        self._locks = locks
+        self._contents = contents
+        self._sources = sources
+
+    def verify(self, handle: str, job: JobControl) -> Verification:
+        """Read a snapshot and compare it with its digests, or make them where there are none.
+
+        Nobody can delete it meanwhile. Raises NotFound, OperationPending, RecordDamaged, OSError.
+        """
+        with self._sources.hold(ContentSource(SourceKind.SNAPSHOT, handle)) as source:
+            record = self._record(source)
+            job.total_bytes = record.manifest.bytes if record.manifest else source.bytes
+            with self._read(source, job) as found:
+                if record.manifest is None:
+                    with self._locks.hold(source.store, f"snapshot:{record.id}"):
+                        record = self._keep(source.store, self._record(source), found)
+                    return Verification(record, found.summary, True, ())
+                differences = tuple(islice(found.differences(record.id, record.manifest), MOST_DIFFERENCES))
+                return Verification(record, found.summary, False, differences)
+
+    def digest(self, store: PoolStore, record: SnapshotRecord, job: JobControl) -> SnapshotRecord:
+        """Make the digests of a snapshot that was just cut; the caller holds its lock. Returns the record as it now is."""
+        with self._read(Source(store, SourceKind.SNAPSHOT, record.id), job) as found:
+            return self._keep(store, record, found)
+
+    def require_whole(self, source: Source, job: JobControl) -> None:
+        """Let a snapshot that the caller holds be used only if it is what it was. Raises FailedPrecondition."""
+        if source.kind is not SourceKind.SNAPSHOT:
+            return
+        record = self._record(source)
+        if record.manifest is None:
+            raise FailedPrecondition(
+                f"snapshot {record.handle} has no digests to verify it by: make them with `tatami snapshots verify {record.handle}`, or "
+                'take snapshots of a VolumeSnapshotClass with `digests: "true"`'
+            )
+        with self._read(source, job) as found:
+            differences = tuple(islice(found.differences(record.id, record.manifest), 3))
+        if differences:
+            shown = ", ".join(f"{each.path} ({each.what})" for each in differences)
+            raise FailedPrecondition(f"snapshot {record.handle} is damaged, nothing was restored from it: {shown}")
+
+    @contextmanager
+    def _read(self, source: Source, job: JobControl) -> Iterator[Manifest]:
+        stand_back()
+        with self._contents.open(source) as content, read_manifest(source.store, content, job) as found:
+            yield found
+
+    @staticmethod
+    def _keep(store: PoolStore, record: SnapshotRecord, found: Manifest) -> SnapshotRecord:
+        found.keep(record.id)
+        return store.snapshots.replace(replace(record, manifest=found.summary))
+
+    @staticmethod
+    def _record(source: Source) -> SnapshotRecord:
+        record = source.store.snapshots.get(source.record_id)
+        if record is None:
+            raise FailedPrecondition(f"snapshot {source.record_id} has gone from pool {source.store.name}")
+        return record
