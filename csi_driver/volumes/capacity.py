@@ -24,11 +24,12 @@ class PoolCapacity:
         stores = list(self._pools) if name is None else [store for store in self._pools if store.name == name]
         if not stores:
             raise InvalidArgument.field('parameters["pool"]', name, f"no such pool; allowed are {self._pools.names()}")
+        form = access.form_for(parameters.layout, capabilities)
         rooms = [
             store.space()
             for store in stores
             if store.reachable_from((topology,) if topology else ())
-            and not any(access.unsupported(capability, store.backend) for capability in capabilities)
+            and not any(access.unsupported(capability, store.backend, form) for capability in capabilities)
         ]
         usable = [room for room in rooms if not room.read_only]
         return Capacity(

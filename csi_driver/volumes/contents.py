@@ -17,9 +17,10 @@ from csi_driver.linux import btrfs, files
 from csi_driver.linux.system_calls import InodeReader
 from csi_driver.linux.trees import apply_owner_and_mode
 from csi_driver.volumes.captures import Captures
+from csi_driver.volumes.images import make_image
 from csi_driver.volumes.jobs import JobControl
 from csi_driver.volumes.locks import KeyedLocks
-from csi_driver.volumes.model import CaptureReport, Ownership, SourceKind, VolumeRecord
+from csi_driver.volumes.model import CaptureReport, Layout, Ownership, SourceKind, VolumeRecord
 from csi_driver.volumes.pools import SNAPSHOT_DATA, STAGING, PoolStore, exists_at
 from csi_driver.volumes.trash import volumes_being_deleted
 
@@ -56,11 +57,16 @@ class Contents:
     # --- build --------------------------------------------------------------------------------------------------------------------
 
     def make_empty(self, store: PoolStore, record: VolumeRecord) -> None:
-        """Make an empty directory in staging, with the owner and mode that the class asks for."""
+        """Make an empty directory in staging, with the owner and mode that the class asks for, or one that holds an empty image."""
         store.trash_staging(record.id)
         with store.open(STAGING) as staging:
             name = _staging_name(record.id, record.token)
             self._captures.make_empty(store, staging, name)
+            if record.form.layout is Layout.IMAGE:
+                with _Descriptor(os.open(name, _DIRECTORY, dir_fd=staging)) as top:
+                    make_image(top.fd, record.form, record.capacity_bytes, record.ownership)
+                self._dress(staging, name, Ownership())
+                return
             mode = _NEW_VOLUME_MODE if record.ownership.mode is None else record.ownership.mode
             self._dress(staging, name, replace(record.ownership, mode=mode))
 

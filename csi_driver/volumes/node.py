@@ -13,6 +13,7 @@ from csi_driver.volumes.model import (
     CapacityRange,
     HealthEntry,
     HealthLevel,
+    Layout,
     NodeInfo,
     PublishVolume,
     StageVolume,
@@ -20,9 +21,11 @@ from csi_driver.volumes.model import (
     VolumeRecord,
     VolumeStats,
 )
-from csi_driver.volumes.node_state import NodeState, NodeVolumeRecord
+from csi_driver.volumes.node_state import NodeVolumeRecord
+from csi_driver.volumes.node_volumes import NodeVolumes
 from csi_driver.volumes.pools import Pools, PoolStore
 from csi_driver.volumes.publisher import Publisher
+from csi_driver.volumes.stager import Stager
 from csi_driver.volumes.usage import UsageCounter
 
 
@@ -30,11 +33,19 @@ class Node:
     """The NodeService (services.py)."""
 
     def __init__(
-        self, info: NodeInfo, pools: Pools, state: NodeState, publisher: Publisher, usage: UsageCounter, health: Health
+        self,
+        info: NodeInfo,
+        pools: Pools,
+        volumes: NodeVolumes,
+        stager: Stager,
+        publisher: Publisher,
+        usage: UsageCounter,
+        health: Health,
     ) -> None:
         self._info = info
         self._pools = pools
-        self._state = state
+        self._volumes = volumes
+        self._stager = stager
         self._publisher = publisher
         self._usage = usage
         self._health = health
@@ -43,10 +54,10 @@ class Node:
         return self._info
 
     def stage(self, request: StageVolume) -> None:
-        self._publisher.stage(request)
+        self._stager.stage(request)
 
     def unstage(self, handle: str, staging_path: str) -> None:
-        self._publisher.unstage(handle, staging_path)
+        self._stager.unstage(handle, staging_path)
 
     def publish(self, request: PublishVolume) -> None:
         self._publisher.publish(request)
@@ -56,18 +67,25 @@ class Node:
 
     def stats(self, handle: str, volume_path: str, deadline: float) -> VolumeStats:
         """Return the usage of a volume that is mounted at `volume_path`. Raises NotFound, OperationPending while it is counted."""
-        known = self._publisher.find_published(handle, volume_path)
+        known = self._volumes.find_mounted(handle, volume_path)
+        if known.form.layout is Layout.IMAGE:
+            return self._volumes.images.stats(known)
         store, record = self._find(known)
         capacity = record.capacity_bytes if record else known.capacity_bytes
         return self._usage.stats(store, known.directory, capacity, deadline, Path(os.path.normpath(volume_path)))
 
     def expand(self, handle: str, volume_path: str, capacity: CapacityRange) -> int:
-        """Return the size that the volume has; a directory needs nothing on the node. Raises NotFound, OutOfRange."""
-        known = self._publisher.find_published(handle, volume_path)
+        """Return the size that the volume has: a directory needs nothing on the node, an image is grown there.
+
+        Raises NotFound, OutOfRange, and what ImageStaging.grow raises.
+        """
+        known = self._volumes.find_mounted(handle, volume_path)
+        if known.form.layout is Layout.IMAGE:
+            return self._expand_image(handle, capacity)
         store, record = self._find(known)
         if store.backend.remote and known.capacity_bytes is not None:
             # The controller has made it larger; this node knows its size from when it was staged.
-            self._publisher.grown(handle, capacity.required_bytes)
+            self._volumes.grown(handle, capacity.required_bytes)
             return max(known.capacity_bytes, capacity.required_bytes)
         size = record.capacity_bytes if record else capacity.required_bytes
         if size < capacity.required_bytes or (capacity.limit_bytes and size > capacity.limit_bytes):
@@ -76,9 +94,22 @@ class Node:
             )
         return size
 
+    def _expand_image(self, handle: str, capacity: CapacityRange) -> int:
+        with self._volumes.lock(handle):
+            known = self._volumes.state.get(handle)
+            if known is None:
+                raise NotFound(f"volume {quoted(handle)} is not on this node")
+            size = self._volumes.images.grow(known)
+        self._volumes.grown(handle, size)
+        if size < capacity.required_bytes or (capacity.limit_bytes and size > capacity.limit_bytes):
+            raise OutOfRange(
+                f"volume {quoted(handle)} has {size} bytes; ControllerExpandVolume has to make it {capacity.required_bytes} first"
+            )
+        return size
+
     def health(self, handle: str, publish_path: str, staging_path: str) -> VolumeHealth:
         """Say what is wrong with a volume on this node. Raises NotFound."""
-        known = self._state.get(handle)
+        known = self._volumes.state.get(handle)
         entries: Sequence[HealthEntry] = ()
         store = self._pools.find(known.pool) if known is not None else None
         if known is not None and store is not None and store.backend.remote:
@@ -87,6 +118,8 @@ class Node:
             raise NotFound(f"volume {quoted(handle)} is not on this node")
         elif known is None or not (known.static or known.ephemeral):
             entries = self._health.volume(handle).entries
+        if known is not None and known.fault:
+            entries = (*entries, HealthEntry(HealthLevel.INACCESSIBLE, "FilesystemDamaged", known.fault))
         return VolumeHealth(handle, (*entries, *self._missing_mounts(known, (publish_path, staging_path))))
 
     @staticmethod

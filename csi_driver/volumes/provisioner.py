@@ -20,6 +20,7 @@ from csi_driver.errors import (
 from csi_driver.volumes import access
 from csi_driver.volumes.contents import Contents
 from csi_driver.volumes.handles import VOLUME
+from csi_driver.volumes.images import fitting_size
 from csi_driver.volumes.jobs import JobControl, Jobs
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import (
@@ -27,6 +28,7 @@ from csi_driver.volumes.model import (
     Capability,
     CapacityRange,
     CreateVolume,
+    Form,
     OnDelete,
     Page,
     Phase,
@@ -90,8 +92,9 @@ class Provisioner:
         store = self._pools.find(name)
         if store is None:
             raise InvalidArgument.field('parameters["pool"]', name, f"no such pool; allowed are {self._pools.names()}")
+        form = access.form_for(request.parameters.layout, request.capabilities)
         for capability in request.capabilities:
-            if problem := access.unsupported(capability, store.backend):
+            if problem := access.unsupported(capability, store.backend, form):
                 raise InvalidArgument(problem)
         if not store.reachable_from(request.requisite):
             raise ResourceExhausted(f"pool {store.name} can only be reached from {dict(store.backend.topology() or {})}")
@@ -122,7 +125,8 @@ class Provisioner:
             return self.show(store, record)
 
     def _begin(self, store: PoolStore, record_id: str, request: CreateVolume) -> VolumeRecord:
-        capacity = self._choose_capacity(store, request)
+        form = self._choose_form(request)
+        capacity = self._choose_capacity(store, request, form)
         parameters = request.parameters
         access.check_ownership(parameters.ownership, store.backend)
         record = VolumeRecord(
@@ -137,6 +141,7 @@ class Provisioner:
             directory=parameters.directory or self._own_directory(store, record_id),
             directory_template=parameters.directory,
             capacity_bytes=capacity,
+            form=form,
             on_delete=parameters.on_delete,
             ownership=parameters.ownership,
             source=request.source,
@@ -155,12 +160,17 @@ class Provisioner:
         except NotFound:
             return record_id
 
-    def _choose_capacity(self, store: PoolStore, request: CreateVolume) -> int:
+    def _choose_form(self, request: CreateVolume) -> Form:
+        source = self._sources.form_of(request.source) if request.source else None
+        return access.form_for(request.parameters.layout, request.capabilities, source)
+
+    def _choose_capacity(self, store: PoolStore, request: CreateVolume, form: Form) -> int:
         least = self._sources.size_of(request.source) if request.source else 0
         wanted = request.capacity.required_bytes or least or DEFAULT_CAPACITY_BYTES
         limit = request.capacity.limit_bytes
         if limit and not request.capacity.required_bytes:
             wanted = min(wanted, limit)
+        wanted = fitting_size(form, wanted)
         if limit and wanted > limit:
             raise OutOfRange(f"capacity_range asks for {wanted} bytes, but limit_bytes is {limit}")
         if wanted < least:
@@ -223,7 +233,7 @@ class Provisioner:
         store, record = self.find_ready(handle)
         if context and dict(context) != dict(self.show(store, record).context):
             return "volume_context is not the one that CreateVolume gave"
-        problems = (access.unsupported(capability, store.backend) for capability in capabilities)
+        problems = (access.unsupported(capability, store.backend, record.form) for capability in capabilities)
         return next((problem for problem in problems if problem), None)
 
     def find_ready(self, handle: str) -> tuple[PoolStore, VolumeRecord]:
@@ -236,7 +246,7 @@ class Provisioner:
 
     def show(self, store: PoolStore, record: VolumeRecord) -> Volume:
         # Words for people and `kubectl describe`; never an address, and nothing that the driver reads back.
-        context = {"pool": record.pool, "layout": record.layout.value, "limiter": "none"}
+        context = {"pool": record.pool, "layout": record.form.layout.value, "limiter": "none"}
         return Volume(record, context, store.backend.topology())
 
     # --- change -------------------------------------------------------------------------------------------------------------------
@@ -247,7 +257,7 @@ class Provisioner:
         Raises NotFound, OutOfRange (shrink, beyond the pool), FailedPrecondition (a capability that the volume lacks).
         """
         store, record = self.find_ready(handle)
-        if capability is not None and (problem := access.unsupported(capability, store.backend)):
+        if capability is not None and (problem := access.unsupported(capability, store.backend, record.form)):
             raise InvalidArgument(problem)
         with self._locks.hold(store, f"volume:{record.id}"):
             _, record = self.find_ready(handle)
@@ -309,6 +319,7 @@ def _require_same(record: VolumeRecord, request: CreateVolume) -> None:
             ("volume_content_source", record.source != request.source),
             ("parameters.directory", record.directory_template != parameters.directory),
             ("parameters.uid, gid or mode", record.ownership != parameters.ownership),
+            ("layout, volume mode or filesystem", not access.has_form(record.form, parameters.layout, request.capabilities)),
         )
         if differs
     ]

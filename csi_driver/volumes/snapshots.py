@@ -125,6 +125,7 @@ class Snapshots:
             source_handle=source.handle,
             size_bytes=source.capacity_bytes,
             group_handle=group_handle,
+            form=source.form,
         )
         if not store.snapshots.add(record):
             raise AlreadyExists(f"snapshot {quoted(name)} is being made by another controller")

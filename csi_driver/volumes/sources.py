@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from csi_driver.errors import NotFound, quoted
 from csi_driver.volumes.contents import Source, content_key
 from csi_driver.volumes.locks import KeyedLocks
-from csi_driver.volumes.model import ContentSource, Phase, SnapshotRecord, SourceKind, VolumeRecord
+from csi_driver.volumes.model import ContentSource, Form, Phase, SnapshotRecord, SourceKind, VolumeRecord
 from csi_driver.volumes.pools import Pools, PoolStore
 
 
@@ -21,6 +21,10 @@ class Sources:
         """Return the least size in bytes that a volume with this content needs. Raises NotFound, ResourceExhausted."""
         _, record = self._find(source)
         return record.size_bytes if isinstance(record, SnapshotRecord) else record.capacity_bytes
+
+    def form_of(self, source: ContentSource) -> Form:
+        """Return the form that this content has. Raises NotFound, ResourceExhausted."""
+        return self._find(source)[1].form
 
     @contextmanager
     def hold(self, source: ContentSource) -> Iterator[Source]:
