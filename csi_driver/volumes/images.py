@@ -4,16 +4,21 @@ The filesystem is made when the volume is made, on the file, before anybody know
 """
 
 import os
+from contextlib import suppress
+from dataclasses import dataclass
 
-from csi_driver.errors import ResourceExhausted
+from csi_driver.errors import FailedPrecondition, ResourceExhausted
 from csi_driver.linux import files, image_filesystems
 from csi_driver.linux.commands import CommandFailed
+from csi_driver.linux.holders import HOLDER
 from csi_driver.linux.image_child import IMAGE
 from csi_driver.volumes.model import AccessType, Form, Layout, Ownership
 
 SECTOR_BYTES = {AccessType.MOUNT: image_filesystems.BLOCK_SIZE, AccessType.BLOCK: 512}
 """Sizes of sectors: a filesystem of ours is made for large ones; what raw block holds, a disk image say, expects the usual."""
 DIRECTORY_MODE = 0o700
+AT_ONCE = frozenset({"subvolume", "reflink"})
+"""What captures an image at one moment, whoever writes to it."""
 _STEP_BYTES = 4096
 _LEAST_BLOCK_BYTES = 1024**2
 _NEW_MODE = 0o755
@@ -53,6 +58,38 @@ def resize_image(directory_fd: int, capacity_bytes: int) -> None:
             os.fsync(image)
     finally:
         os.close(image)
+
+
+@dataclass(frozen=True)
+class ImageState:
+    """Whether a node has the image, and when it was last written (ns)."""
+
+    held: bool
+    written_at_ns: int
+
+
+def look_at_image(directory_fd: int) -> ImageState:
+    """Look at an image. Raises OSError."""
+    try:
+        os.stat(HOLDER, dir_fd=directory_fd, follow_symlinks=False)
+        held = True
+    except FileNotFoundError:
+        held = False
+    return ImageState(held, os.stat(IMAGE, dir_fd=directory_fd, follow_symlinks=False).st_mtime_ns)
+
+
+def in_use(pool: str) -> FailedPrecondition:
+    """Say why an image cannot be captured now, and what would help."""
+    return FailedPrecondition(
+        f"the image is in use on a node, and pool {pool} cannot capture it at one moment: that takes reflinks (XFS, btrfs, or NFS 4.2 on one of "
+        "them); or stop the pods that use it first"
+    )
+
+
+def forget_holder(directory_fd: int) -> None:
+    """Remove from a copy of an image's directory who held the origin. Raises OSError."""
+    with suppress(FileNotFoundError):
+        os.unlink(HOLDER, dir_fd=directory_fd)
 
 
 def _make_filesystem(directory_fd: int, fs_type: str, ownership: Ownership) -> None:

@@ -201,7 +201,7 @@ class Provisioner:
         with self._sources.hold(record.source) as source:
             if record.verify:
                 self._verifier.require_whole(source, job)
-            report = self._contents.copy(store, record.id, record.token, source, record.ownership, job)
+            report = self._contents.copy(store, record.id, record.token, source, record.ownership, job, record.capacity_bytes)
         return replace(record, capture=report)
 
     def _give_up(self, store: PoolStore, record_id: str) -> None:
@@ -261,17 +261,20 @@ class Provisioner:
             raise InvalidArgument(problem)
         with self._locks.hold(store, f"volume:{record.id}"):
             _, record = self.find_ready(handle)
-            wanted = capacity.required_bytes or record.capacity_bytes
+            wanted = fitting_size(record.form, capacity.required_bytes or record.capacity_bytes)
             if capacity.limit_bytes and max(wanted, record.capacity_bytes) > capacity.limit_bytes:
                 raise OutOfRange(
                     f"capacity_range.limit_bytes is {capacity.limit_bytes}, but the volume has {record.capacity_bytes}: volumes never shrink"
                 )
             if wanted <= record.capacity_bytes:
+                self._contents.resize(store, record)  # cut off before, it is completed
                 return record.capacity_bytes
             total = store.space().total_bytes
             if wanted > total:
                 raise OutOfRange(f"capacity_range asks for {wanted} bytes, but pool {store.name} has {total} in all")
-            store.volumes.replace(replace(record, capacity_bytes=wanted))
+            # The promise first: an image larger than its record would be one that nobody has accounted for.
+            record = store.volumes.replace(replace(record, capacity_bytes=wanted))
+            self._contents.resize(store, record)
             return wanted
 
     def modify(self, handle: str, on_delete: OnDelete | None) -> None:
