@@ -103,6 +103,8 @@ def check(device: Path, fs_type: str, seconds: float, should_stop: Callable[[], 
     argv = ("e2fsck", "-p", os.fspath(device))
     done = commands.run(argv, timeout=seconds, check=False, should_stop=lambda _: should_stop())
     # e2fsck(8): 1 and 2 are errors that it has corrected, 4 what it left, 8 and more that it could not work.
+    if done.returncode & ~3 and "is in use" in done.stderr:
+        raise Unavailable(f"{device} is being checked already, or still mounted somewhere; try again")
     if done.returncode & ~3 or done.returncode < 0:
         said = " | ".join(line.strip() for line in (done.stdout + done.stderr).splitlines()[-4:] if line.strip())
         raise FailedPrecondition(f"e2fsck -p ended with {done.returncode}: {said[-300:]}")
@@ -135,11 +137,14 @@ def may_grow_mounted(fs_type: str) -> bool:
     return bool(int(effective.split()[1], 16) >> _CAP_SYS_RESOURCE & 1)
 
 
-def grow_mounted(device: Path, mounted: Path, fs_type: str) -> None:
-    """Grow a mounted filesystem to its device's size; what has that size already is left alone.
+def grow_mounted(device: Path, mounted: Path, fs_type: str, size_bytes: int) -> None:
+    """Grow a mounted filesystem to its device's size, `size_bytes`; what has that size already is left alone.
 
     Raises FailedPrecondition where that is not allowed while it is mounted, CommandFailed, DeadlineExceeded (a retry goes on).
     """
+    found = recognise(device)
+    if found is not None and fs_type == "ext4" and found[1] == size_bytes:
+        return
     if not may_grow_mounted(fs_type):
         raise FailedPrecondition(
             f"{fs_type} on {device} can be grown while it is mounted only with CAP_SYS_RESOURCE, which this process lacks: run the node "

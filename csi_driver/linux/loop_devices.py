@@ -60,7 +60,9 @@ def attach(image: Path, *, read_only: bool, block_size: int) -> LoopDevice:
     opened = os.open(image, mode | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         status = os.fstat(opened)
-        for name in names_of(image):
+        for name in _names():
+            if backing_file(name) not in (os.fspath(image), _cut_off(image)):
+                continue
             found = _look(name, status)
             if found is not None and found.read_only is read_only:
                 return found
@@ -76,7 +78,8 @@ def attach(image: Path, *, read_only: bool, block_size: int) -> LoopDevice:
 def names_of(image: Path) -> list[str]:
     """List the devices that sysfs shows with this file, under this name. No device and no server is asked.
 
-    In another mount namespace another file can have the name: `attach` asks for its inode as well.
+    In another mount namespace another file can have the name: `attach` asks for its inode as well. A file whose mount is gone, which a
+    device survives, is not found so, but by `attach`.
     """
     return [name for name in _names() if backing_file(name) == os.fspath(image)]
 
@@ -90,6 +93,11 @@ def backing_file(name: str) -> str | None:
     return os.fsdecode(shown.removesuffix(b"\n")).removesuffix(" (deleted)")
 
 
+def has_file(name: str, image: Path) -> bool:
+    """Tell whether a device that was attached to `image` still can be: sysfs shows this name, or, its mount being gone, the last part."""
+    return backing_file(name) in (os.fspath(image), _cut_off(image))
+
+
 def detach(name: str, image: Path, seconds: float) -> bool:
     """Detach the device from `image`, and tell whether it is free now; False: somebody has it open, and it goes with the last one.
 
@@ -97,7 +105,7 @@ def detach(name: str, image: Path, seconds: float) -> bool:
     """
     deadline = time.monotonic() + seconds
     with suppress(FileNotFoundError), _opened(name) as device:
-        if backing_file(name) != os.fspath(image):
+        if not has_file(name, image):
             return True
         try:
             fcntl.ioctl(device, _CLEAR)
@@ -105,7 +113,7 @@ def detach(name: str, image: Path, seconds: float) -> bool:
             if error.errno != errno.ENXIO:
                 raise
     # The kernel lets go when the last descriptor is closed, ours just now; udev or blkid may be looking at it.
-    while backing_file(name) == os.fspath(image):
+    while has_file(name, image):
         if time.monotonic() > deadline:
             return False
         time.sleep(_POLL_SECONDS)
@@ -122,6 +130,11 @@ def take_new_size(name: str) -> int:
 def size_of(name: str) -> int:
     """Return a device's size in bytes. Raises OSError where there is none."""
     return int((_SYSFS / name / "size").read_text()) * 512  # sectors of 512 bytes, whatever the block size is
+
+
+def _cut_off(image: Path) -> str:
+    # d_path() of a file whose mount was taken away, or went with its mount namespace: it begins at the root of that mount.
+    return f"/{image.name}"
 
 
 def _names() -> list[str]:

@@ -124,7 +124,7 @@ class ImageStaging:
         if capability.access_mode.reader_only or found[1] == loop_devices.size_of(known.device):
             return
         if image_filesystems.may_grow_mounted(fs_type):
-            image_filesystems.grow_mounted(node, staging, fs_type)
+            image_filesystems.grow_mounted(node, staging, fs_type, loop_devices.size_of(known.device))
 
     def _check(self, known: NodeVolumeRecord) -> None:
         """Check the filesystem in a job that a retry joins: of a large one that was not unmounted, it can take its time."""
@@ -148,7 +148,10 @@ class ImageStaging:
         )
 
     def _is_attached(self, known: NodeVolumeRecord, name: str) -> bool:
-        return bool(name) and loop_devices.backing_file(name) == str(self.place_of(known) / image_child.IMAGE)
+        image = self.place_of(known) / image_child.IMAGE
+        if known.form.access_type is AccessType.BLOCK:
+            return bool(name) and loop_devices.backing_file(name) == str(image)
+        return bool(name) and loop_devices.has_file(name, image)  # what is mounted from it keeps it from being another's
 
     def shows(self, known: NodeVolumeRecord, store: PoolStore, target: Path) -> bool:  # noqa: ARG002
         if known.form.access_type is AccessType.MOUNT:
@@ -210,7 +213,7 @@ class ImageStaging:
         if known.form.access_type is AccessType.MOUNT and not known.access_mode.reader_only:
             node = loop_devices.node_of(known.device)
             try:
-                image_filesystems.grow_mounted(node, Path(known.staging_path), known.form.fs_type)
+                image_filesystems.grow_mounted(node, Path(known.staging_path), known.form.fs_type, size)
             except CommandFailed as error:
                 raise Unavailable(f"the filesystem of volume {quoted(known.handle)} could not be grown yet: {error}") from error
         return size

@@ -1,13 +1,11 @@
 """What tests of image volumes say and look at: capabilities, loop devices, and what the kernel knows of them."""
 
-import os
 import subprocess
 import time
 from pathlib import Path
 
-from bench import Bench
+from bench import Bench, unmount_below
 
-from csi_driver.linux import loop_devices
 from csi_driver.volumes.model import (
     AccessMode,
     AccessType,
@@ -48,11 +46,18 @@ def make_image(
 
 
 def devices_below(root: Path) -> list[str]:
-    """List the loop devices whose file lies below `root`."""
-    names = [name for name in os.listdir("/sys/block") if name.startswith("loop")]
-    return [name for name in names if (loop_devices.backing_file(name) or "").startswith(f"{root}/")]
+    """List the loop devices of the images below `root`: by device and inode, whatever name the kernel has for them."""
+    found: list[str] = []
+    for image in Path(root).rglob("image"):
+        if image.is_file():
+            shown = subprocess.run(["losetup", "-n", "-O", "NAME", "-j", image], capture_output=True, text=True, check=True)
+            found += [word.removeprefix("/dev/") for word in shown.stdout.split()]
+    return sorted(set(found))
 
 
-def detach_below(root: Path) -> None:
-    for name in devices_below(root):
-        subprocess.run(["losetup", "-d", f"/dev/{name}"], check=False)
+def take_down(root: Path) -> None:
+    """Take every mount and loop device below `root` away."""
+    devices = devices_below(root)
+    unmount_below(root)
+    for name in devices:
+        subprocess.run(["losetup", "-d", f"/dev/{name}"], check=False, capture_output=True)

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from bench import Bench, make_bench, unmount_below
-from images import LEAST, MIB, block, detach_below, devices_below, filesystem, make_image
+from bench import Bench, make_bench
+from images import LEAST, MIB, block, devices_below, filesystem, make_image, take_down
 
 from csi_driver.config import HostPathPool
 from csi_driver.errors import FailedPrecondition, InvalidArgument, OutOfRange
@@ -17,15 +17,14 @@ from csi_driver.linux import image_filesystems
 from csi_driver.linux.mountinfo import topmost_mount_at
 from csi_driver.volumes.model import AccessMode, CapacityRange, ContentSource, Layout, SourceKind
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_mounts")]
 CAN_GROW_MOUNTED = ("xfs", *(("ext4",) if image_filesystems.may_grow_mounted("ext4") else ()))
 
 
 @pytest.fixture(autouse=True)
 def no_loop_device_is_left(tmp_path: Path):
     yield
-    unmount_below(tmp_path)
-    detach_below(tmp_path)
+    take_down(tmp_path)
 
 
 @pytest.fixture(params=["btrfs", "xfs"])
@@ -34,8 +33,7 @@ def reflinks(request, tmp_path, make_disk):
     made = make_bench(tmp_path, (HostPathPool("default", place / "pool"),))
     yield made
     made.domain.stop(5)
-    unmount_below(tmp_path / "kubelet")
-    detach_below(place)
+    take_down(tmp_path)
 
 
 def grow(bench: Bench, handle: str, size: int, path: str) -> int:
@@ -373,8 +371,7 @@ def test_what_a_node_held_before_it_was_started_anew_it_may_have_again(bench):
     holder = bench.path(volume) / "holder.json"
     body = json.loads(holder.read_text())
     holder.write_text(json.dumps({**body, "boot_id": "an earlier one"}))
-    unmount_below(bench.kubelet)
-    detach_below(bench.root)  # what a boot does
+    take_down(bench.root)  # what a boot does
     bench.restarted().stage(volume.record.handle, filesystem())
     assert json.loads(holder.read_text()) == body
     bench.node.unstage(volume.record.handle, staging)

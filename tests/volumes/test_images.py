@@ -5,8 +5,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from bench import make_bench, mount_capability, unmount_below
-from images import LEAST, MIB, block, detach_below, devices_below, filesystem, make_image
+from bench import make_bench, mount_capability
+from images import LEAST, MIB, block, devices_below, filesystem, make_image, take_down
 
 from csi_driver.config import HostPathPool
 from csi_driver.errors import AlreadyExists, FailedPrecondition, InvalidArgument, OutOfRange, ResourceExhausted, Unavailable
@@ -14,15 +14,14 @@ from csi_driver.linux import mountinfo
 from csi_driver.linux.mountinfo import topmost_mount_at
 from csi_driver.volumes.model import AccessMode, Layout, Ownership
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_mounts")]
 KINDS = ("ext4", "xfs")
 
 
 @pytest.fixture(autouse=True)
 def no_loop_device_is_left(tmp_path: Path):
     yield
-    unmount_below(tmp_path)
-    detach_below(tmp_path)
+    take_down(tmp_path)
 
 
 def image_of(bench, volume) -> Path:
