@@ -42,6 +42,11 @@ def attach(place: Path, *, read_only: bool, block_size: int, seconds: float) -> 
     return LoopDevice(**children.ask(__name__, "attach", place, wanted, seconds=seconds))
 
 
+def devices(place: Path, seconds: float) -> list[str]:
+    """List the names of the image's devices. Raises Unavailable, OSError."""
+    return list(children.ask(__name__, "devices", place, seconds=seconds)["names"])
+
+
 def detach(place: Path, name: str, seconds: float) -> bool:
     """Detach a device from the image, and tell whether it is free now. Raises Unavailable, OSError."""
     return bool(children.ask(__name__, "detach", place, name, seconds=seconds)["free"])
@@ -90,6 +95,10 @@ def _attach(place: str, wanted: str) -> dict[str, Any]:
     return asdict(loop_devices.attach(Path(place) / IMAGE, **json.loads(wanted)))
 
 
+def _devices(place: str) -> dict[str, Any]:
+    return {"names": [device.name for device in loop_devices.devices_of(Path(place) / IMAGE)]}
+
+
 def _detach(place: str, name: str) -> dict[str, Any]:
     return {"free": loop_devices.detach(name, Path(place) / IMAGE, _RELEASE_SECONDS)}
 
@@ -125,6 +134,7 @@ _OPERATIONS: Mapping[str, Callable[..., dict[str, Any]]] = {
     "hold": _hold,
     "release": _release,
     "attach": _attach,
+    "devices": _devices,
     "detach": _detach,
     "take_new_size": _take_new_size,
     "recognise": _recognise,

@@ -60,12 +60,9 @@ def attach(image: Path, *, read_only: bool, block_size: int) -> LoopDevice:
     opened = os.open(image, mode | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         status = os.fstat(opened)
-        for name in _names():
-            if backing_file(name) not in (os.fspath(image), _cut_off(image)):
-                continue
-            found = _look(name, status)
-            if found is not None and found.read_only is read_only:
-                return found
+        known = next((device for device in devices_of(image) if device.read_only is read_only), None)
+        if known is not None:
+            return known
         for _ in range(_ATTEMPTS):
             name = _free()
             if _configure(name, opened, read_only=read_only, block_size=block_size):
@@ -73,6 +70,17 @@ def attach(image: Path, *, read_only: bool, block_size: int) -> LoopDevice:
     finally:
         os.close(opened)
     raise OSError(errno.EBUSY, "others take every free loop device", os.fspath(image))
+
+
+def devices_of(image: Path) -> list[LoopDevice]:
+    """List the devices that have just this file, by device and inode. Raises OSError where it cannot be opened."""
+    opened = os.open(image, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        status = os.fstat(opened)
+    finally:
+        os.close(opened)
+    found = (_look(name, status) for name in _names() if has_file(name, image))
+    return [device for device in found if device is not None]
 
 
 def names_of(image: Path) -> list[str]:

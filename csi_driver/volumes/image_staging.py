@@ -228,7 +228,7 @@ class ImageStaging:
         self._jobs.cancel(_check_key(known.handle))
         self._unmount(known, staging)
         place = self.place_of(known)
-        for name in {*loop_devices.names_of(place / image_child.IMAGE), known.device, known.read_only_device} - {""}:
+        for name in {known.device, known.read_only_device, *self._unrecorded(known)} - {""}:
             if not image_child.detach(place, name, _SECONDS):
                 raise Unavailable(
                     f"volume {quoted(known.handle)} is still in use on this node: {loop_devices.node_of(name)} is open somewhere (a pod's mount that "
@@ -237,6 +237,16 @@ class ImageStaging:
         self._give_back(known, place)
         mounts.unmount_all(place, UNMOUNT_SECONDS)
         place.rmdir() if place.exists() else None
+
+    def _unrecorded(self, known: NodeVolumeRecord) -> list[str]:
+        """Find the devices that were attached by a process that was killed before it could write that down."""
+        place = self.place_of(known)
+        if topmost_mount_at(place) is None:
+            return []
+        try:
+            return image_child.devices(place, _SECONDS)
+        except FileNotFoundError:
+            return []  # the image is gone
 
     def _unmount(self, known: NodeVolumeRecord, staging: Path) -> None:
         if topmost_mount_at(staging) is None:

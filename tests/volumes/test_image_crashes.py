@@ -13,7 +13,7 @@ from csi_driver.linux import mountinfo
 from csi_driver.linux.mountinfo import topmost_mount_at
 from csi_driver.volumes.model import CapacityRange
 
-pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_mounts")]
+pytestmark = [pytest.mark.minutes, pytest.mark.root, pytest.mark.usefixtures("own_mounts")]
 FORMS = pytest.mark.parametrize("capability", [filesystem("ext4"), block()], ids=["ext4", "block"])
 
 
