@@ -68,7 +68,7 @@ def make(image: str, fs_type: str, *, uid: int, gid: int, mode: int) -> None:
     else:
         top = (("uid", str(uid)), ("gid", str(gid)), ("mode", f"0{0o40000 | mode:o}"))
         orders = [f"set_inode_field <2> {field} {value}\n" for field, value in top]
-        done = commands.run(("debugfs", "-w", "-f", "/dev/stdin", image), timeout=_MAKE_SECONDS, stdin="".join(orders).encode())
+        done = commands.run(("debugfs", "-w", "-f", "-", image), timeout=_MAKE_SECONDS, stdin="".join(orders).encode())
         wrong = done.stderr.splitlines()[1:]  # after its version
     if wrong:  # neither says by its exit code that it failed
         raise OSError(errno.EIO, f"{done.argv[0]}: {wrong[0]}", image)

@@ -3,7 +3,7 @@
 A device is attached in one step, with its block size, direct I/O and read-only or not. It is not made autoclear: between our opening
 of it and the mount nobody may use it, and a raw block volume has no user while no pod runs. So it stays until it is detached, and
 after a crash it is found again: by the name of its file in sysfs, which nothing but the kernel writes and no server is asked for,
-and then by device and inode, which no other file has.
+and then by device and inode, for in another mount namespace another file may have the name.
 
 A read-only device refuses writes in the kernel's request path, also after BLKROSET: the flag is the loop's, its file is opened
 for reading. A read-only *bind* of a device's node would stop nothing, for a mount guards files, not devices.
@@ -81,15 +81,6 @@ def devices_of(image: Path) -> list[LoopDevice]:
         os.close(opened)
     found = (_look(name, status) for name in _names() if has_file(name, image))
     return [device for device in found if device is not None]
-
-
-def names_of(image: Path) -> list[str]:
-    """List the devices that sysfs shows with this file, under this name. No device and no server is asked.
-
-    In another mount namespace another file can have the name: `attach` asks for its inode as well. A file whose mount is gone, which a
-    device survives, is not found so, but by `attach`.
-    """
-    return [name for name in _names() if backing_file(name) == os.fspath(image)]
 
 
 def backing_file(name: str) -> str | None:

@@ -24,7 +24,10 @@ class PoolCapacity:
         stores = list(self._pools) if name is None else [store for store in self._pools if store.name == name]
         if not stores:
             raise InvalidArgument.field('parameters["pool"]', name, f"no such pool; allowed are {self._pools.names()}")
-        form = access.form_for(parameters.layout, capabilities)
+        try:
+            form = access.form_for(parameters.layout, capabilities)
+        except InvalidArgument:
+            return Capacity(0, 0)  # no volume can be so
         rooms = [
             store.space()
             for store in stores

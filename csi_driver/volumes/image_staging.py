@@ -287,10 +287,10 @@ class ImageStaging:
             staging_path=staging_path,
             form=Form(Layout.IMAGE),
         )
-        place = self.place_of(known)
-        names = loop_devices.names_of(place / image_child.IMAGE)
-        if not names and topmost_mount_at(place) is None:
+        # The place is the sign that it is ours: in another mount namespace a device may have a file of the same name.
+        if topmost_mount_at(self.place_of(known)) is None:
             return None
+        names = self._unrecorded(known)
         return replace(known, device=names[0] if names else "", read_only_device=names[-1] if names else "")
 
     def is_own(self, known: NodeVolumeRecord, target: Path) -> bool:

@@ -29,6 +29,7 @@ from csi_driver.volumes.model import (
     CapacityRange,
     CreateVolume,
     Form,
+    Layout,
     OnDelete,
     Page,
     Phase,
@@ -92,10 +93,8 @@ class Provisioner:
         store = self._pools.find(name)
         if store is None:
             raise InvalidArgument.field('parameters["pool"]', name, f"no such pool; allowed are {self._pools.names()}")
-        form = access.form_for(request.parameters.layout, request.capabilities)
-        for capability in request.capabilities:
-            if problem := access.unsupported(capability, store.backend, form):
-                raise InvalidArgument(problem)
+        if request.source is None:
+            self._choose_form(store, request)
         if not store.reachable_from(request.requisite):
             raise ResourceExhausted(f"pool {store.name} can only be reached from {dict(store.backend.topology() or {})}")
         return store
@@ -125,7 +124,7 @@ class Provisioner:
             return self.show(store, record)
 
     def _begin(self, store: PoolStore, record_id: str, request: CreateVolume) -> VolumeRecord:
-        form = self._choose_form(request)
+        form = self._choose_form(store, request)
         capacity = self._choose_capacity(store, request, form)
         parameters = request.parameters
         access.check_ownership(parameters.ownership, store.backend)
@@ -160,9 +159,14 @@ class Provisioner:
         except NotFound:
             return record_id
 
-    def _choose_form(self, request: CreateVolume) -> Form:
+    def _choose_form(self, store: PoolStore, request: CreateVolume) -> Form:
+        """Choose in which form the volume is stored. Raises InvalidArgument where its pool cannot serve it so."""
         source = self._sources.form_of(request.source) if request.source else None
-        return access.form_for(request.parameters.layout, request.capabilities, source)
+        form = access.form_for(request.parameters.layout, request.capabilities, source)
+        for capability in request.capabilities:
+            if problem := access.unsupported(capability, store.backend, form):
+                raise InvalidArgument(problem)
+        return form
 
     def _choose_capacity(self, store: PoolStore, request: CreateVolume, form: Form) -> int:
         least = self._sources.size_of(request.source) if request.source else 0
@@ -246,7 +250,8 @@ class Provisioner:
 
     def show(self, store: PoolStore, record: VolumeRecord) -> Volume:
         # Words for people and `kubectl describe`; never an address, and nothing that the driver reads back.
-        context = {"pool": record.pool, "layout": record.form.layout.value, "limiter": "none"}
+        limiter = "image" if record.form.layout is Layout.IMAGE else "none"
+        context = {"pool": record.pool, "layout": record.form.layout.value, "limiter": limiter}
         return Volume(record, context, store.backend.topology())
 
     # --- change -------------------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def make(cluster):
 
 
 def attached() -> str:
-    return os.popen("losetup -l -n -O BACK-FILE | grep /image").read()
+    return os.popen("losetup -l -n -O BACK-FILE | grep '/image$'").read()
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])
@@ -61,7 +61,7 @@ def test_what_one_node_writes_the_next_reads(cluster, make, kind):
 
 
 def mounted_direct_io() -> str:
-    return os.popen("losetup -l -n -O DIO,BACK-FILE | grep /image").read().split()[0]
+    return os.popen("losetup -l -n -O DIO,BACK-FILE | grep '/image$'").read().split()[0]
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])
