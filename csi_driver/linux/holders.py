@@ -41,7 +41,7 @@ class Holder:
 def hold(directory_fd: int, wanted: Holder) -> None:
     """Make `wanted` the holder of the image in this directory. Raises FailedPrecondition naming who holds it, OperationPending, OSError."""
     for _ in range(_ATTEMPTS):
-        with suppress(FileExistsError):
+        with suppress(FileExistsError, FileNotFoundError):  # gone again before it could be looked at
             files.create_exclusively(directory_fd, HOLDER, wanted.encoded(), lambda _: False)
             return
         try:

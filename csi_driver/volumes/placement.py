@@ -137,6 +137,8 @@ def _told(store: PoolStore, handle: str, context: Mapping[str, str], *, static: 
     if context.get("pool") != store.name:
         raise InvalidArgument.field('publish_context["pool"]', context.get("pool", ""), f"the volume's pool is {store.name}")
     form = _parse_form(context)
+    if static and form.layout is Layout.IMAGE:
+        raise InvalidArgument.field('publish_context["layout"]', context["layout"], "static volumes are directories")
     capacity = context.get("capacity")
     if capacity is not None and not _NUMBER.fullmatch(capacity):
         raise InvalidArgument.field('publish_context["capacity"]', capacity, "a number of bytes")
