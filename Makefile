@@ -94,8 +94,8 @@ format: $(VENV)/dev.stamp ## Put the code into shape
 	$(VENV)/bin/ruff format --quiet .
 
 .PHONY: test-fast
-test-fast: $(VENV)/dev.stamp packages ## Tests that take seconds
-	$(PYTEST) -m "not minutes"
+test-fast: $(VENV)/dev.stamp packages $(if $(shell command -v go),$(HELM)) ## Tests that take seconds
+	HELM=$(abspath $(HELM)) $(PYTEST) -m "not minutes"
 
 .PHONY: test-minutes
 test-minutes: $(VENV)/dev.stamp $(SANITY) packages ## Tests that take minutes: csi-sanity, storms, many volumes
