@@ -109,6 +109,21 @@ sanity: $(VENV)/dev.stamp $(SANITY) ## csi-sanity against the driver on hostPath
 test-nfs: $(VENV)/dev.stamp $(SANITY) packages ## The driver on real NFS servers and clients, in user-mode Linux
 	CSI_SANITY=$(abspath $(SANITY)) $(PYTEST) -m minutes tests/uml
 
+# A whole cluster on this machine: namespaces, a bridge, loop devices. As root.
+.PHONY: cluster
+cluster: $(VENV)/dev.stamp $(HELM) ## Bring up Kubernetes with two nodes and the driver, from nothing (as root)
+	tests/cluster/install.sh
+	cd tests && HELM=$(abspath $(HELM)) $(abspath $(VENV))/bin/python -m cluster up
+
+.PHONY: cluster-down
+cluster-down: $(VENV)/dev.stamp ## Leave nothing of the cluster, nor of one whose making was killed
+	cd tests && $(abspath $(VENV))/bin/python -m cluster down
+
+.PHONY: test-cluster
+test-cluster: $(VENV)/dev.stamp $(HELM) ## Stories in a real Kubernetes: in the cluster that is up, or in one of their own (as root)
+	tests/cluster/install.sh
+	HELM=$(abspath $(HELM)) $(PYTEST) -m cluster tests/cluster --durations=0 --durations-min=1
+
 .PHONY: clean
 clean: ## Remove what was built, but not the caches of other tools
 	rm -rf $(VENV) $(CACHE) run build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

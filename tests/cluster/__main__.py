@@ -27,7 +27,7 @@ def main() -> int:
         say(f"nothing of the cluster is left ({time.monotonic() - began:.1f} s)")
         return 0
     try:
-        assembly.up(driver=not arguments.bare)
+        assembly.up(with_driver=not arguments.bare)
     except (RuntimeError, TimeoutError, OSError, subprocess.SubprocessError) as error:
         print(f"\n{error}\nWhat is there stays for a look; make cluster-down removes it.", file=sys.stderr)
         return 1

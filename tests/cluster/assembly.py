@@ -4,14 +4,14 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cluster import binaries, control_plane, images, teardown
+from cluster import binaries, control_plane, driver, images, teardown
 from cluster.kubectl import Kubectl
 from cluster.layout import KUBECONFIG, LOGS, NODES, STATE
 from cluster.nodes import PAUSE, SOCKET, Node, all_nodes
 from cluster.progress import say, step, wait_until
 
 
-def up(*, driver: bool = True) -> Kubectl:
+def up(*, with_driver: bool = True) -> Kubectl:
     """Bring it up and return a client. Raises RuntimeError where there is one already, whole or in part."""
     if left := teardown.leftovers():
         raise RuntimeError(f"there is a cluster, or what is left of one ({left[0]}): make cluster-down first")
@@ -26,6 +26,8 @@ def up(*, driver: bool = True) -> Kubectl:
     with step("nodes"), ThreadPoolExecutor() as pool:
         nodes = all_nodes()
         list(pool.map(lambda node: _start(node, client, archives), nodes))
+    if with_driver:
+        driver.install(nodes)
     return client
 
 

@@ -18,7 +18,9 @@ def make(users: Mapping[str, str]) -> None:
     """Make a CA, the API server's certificates, the service accounts' key, and a token for each of `users` (user -> group)."""
     DIRECTORY.mkdir(parents=True, exist_ok=True)
     DIRECTORY.chmod(0o700)
-    _openssl("req", "-x509", *_key("ca"), "-subj", "/CN=tatami-cluster", "-addext", "keyUsage=critical,keyCertSign,digitalSignature")
+    _openssl(
+        "req", "-x509", *_key("ca"), "-subj", "/CN=tatami-cluster", "-addext", "keyUsage=critical,keyCertSign,digitalSignature"
+    )
     names = f"subjectAltName=IP:{GATEWAY},IP:{API_SERVICE},DNS:kubernetes.default.svc,DNS:kubernetes.default"
     _openssl("req", "-x509", *_ca(), *_key("apiserver"), "-subj", "/CN=kube-apiserver", "-addext", names, *_leaf())
     # Who fetches logs and runs commands in containers: the kubelet asks for it.

@@ -9,7 +9,16 @@ from collections.abc import Sequence
 from cluster import binaries, certificates
 from cluster.kubectl import Kubectl
 from cluster.layout import (
-    API_PORT, BRIDGE, CONTROL_PLANE, ETCD_PEER_PORT, ETCD_PORT, GATEWAY, KUBECONFIG, NETWORK_BITS, SERVICES, STATE, NodeSpec,
+    API_PORT,
+    BRIDGE,
+    CONTROL_PLANE,
+    ETCD_PEER_PORT,
+    ETCD_PORT,
+    GATEWAY,
+    KUBECONFIG,
+    NETWORK_BITS,
+    SERVICES,
+    NodeSpec,
 )  # fmt: skip
 from cluster.machines import Machine
 from cluster.progress import step, wait_until

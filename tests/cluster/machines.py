@@ -4,6 +4,7 @@ A machine has its own mounts, processes, host name and (a node) network. When it
 all its mounts are gone, loop devices included. So a cluster whose making was cut off anywhere is removed as completely as any other.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -48,7 +49,17 @@ class Machine:
         LOGS.mkdir(exist_ok=True)
         ready = self.directory / READY
         ready.unlink(missing_ok=True)
-        namespaces = ["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--mount-proc", "--uts", "--ipc"]
+        namespaces = [
+            "--mount",
+            "--propagation",
+            "private",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            "--uts",
+            "--ipc",
+        ]
         if self.network:
             namespaces.append("--net")
         # The interpreter itself, not a shim in front of it that would be one more process; -S -E: nothing of a venv is needed.
@@ -181,7 +192,5 @@ def _namespace(pid: int) -> str:
 
 
 def _signal(pid: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass

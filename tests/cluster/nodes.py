@@ -174,7 +174,12 @@ def kubelet_configuration(cgroup: str) -> dict[str, object]:
 
 
 def _pod_network(spec: NodeSpec) -> dict[str, object]:
-    addresses = {"type": "host-local", "dataDir": "/var/lib/cni", "ranges": [[{"subnet": spec.pods}]], "routes": [{"dst": "0.0.0.0/0"}]}
+    addresses = {
+        "type": "host-local",
+        "dataDir": "/var/lib/cni",
+        "ranges": [[{"subnet": spec.pods}]],
+        "routes": [{"dst": "0.0.0.0/0"}],
+    }
     bridge = {"type": "bridge", "bridge": "pods", "isGateway": True, "ipMasq": False, "hairpinMode": True, "ipam": addresses}
     return {"cniVersion": "1.0.0", "name": "pods", "plugins": [bridge]}
 
