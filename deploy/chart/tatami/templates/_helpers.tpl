@@ -119,6 +119,7 @@ livenessProbe:
   failureThreshold: 5
 readinessProbe:
   httpGet: {path: /readyz, port: metrics}
+  initialDelaySeconds: 2
   periodSeconds: 10
   timeoutSeconds: 5
 {{- end -}}
@@ -129,7 +130,7 @@ readinessProbe:
 livenessProbe:
   exec: {command: [tatami, call, --timeout, "5", Probe]}
   initialDelaySeconds: 30
-  periodSeconds: 60
+  periodSeconds: 30
   timeoutSeconds: 15
   failureThreshold: 3
 readinessProbe:
