@@ -28,7 +28,7 @@ RUN /opt/build/bin/pip wheel --disable-pip-version-check --no-cache-dir --no-dep
 
 # --- the image --------------------------------------------------------------------------------------------------------------------
 FROM ${BASE_IMAGE}
-ARG VERSION=0.1.0.dev0
+ARG VERSION=unknown
 ARG REVISION=unknown
 ARG SOURCE=
 LABEL org.opencontainers.image.title="Tatami" \
