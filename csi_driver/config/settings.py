@@ -8,7 +8,7 @@ from typing import Literal
 from csi_driver.config.values import ConfigError, parse_directory, parse_endpoint, parse_metrics_address, parse_node_id, shown
 
 Backend = Literal["hostpath", "nfs"]
-Role = Literal["controller", "node", "all"]
+Role = Literal["controller", "node", "all", "expansion"]
 LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -57,6 +57,7 @@ class ServeOptions:
     endpoint: str
     node_id: str
     kubelet_dir: Path
+    kubelet_registration_path: Path | None
     metrics_address: str | None
     log_format: LogFormat
     log_level: LogLevel
@@ -68,6 +69,8 @@ class ServeOptions:
             ("node-id", self.node_id, parse_node_id),
             ("kubelet-dir", str(self.kubelet_dir), parse_directory),
         ]
+        if self.kubelet_registration_path is not None:
+            checks.append(("kubelet-registration-path", str(self.kubelet_registration_path), self._registration))
         if self.metrics_address is not None:
             checks.append(("metrics-address", self.metrics_address, parse_metrics_address))
         problems = []
@@ -80,3 +83,10 @@ class ServeOptions:
         if problems:
             raise ConfigError(*problems)
         return replace(self, kubelet_dir=parse_directory(str(self.kubelet_dir)))
+
+    def _registration(self, text: str) -> Path:
+        if self.role not in ("node", "all"):
+            raise ConfigError(
+                f"the kubelet takes the node service, and --role {self.role} has none: leave it out, or use node or all"
+            )
+        return parse_endpoint(text)

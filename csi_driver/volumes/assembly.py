@@ -16,6 +16,7 @@ from csi_driver.volumes.attachments import Attachments
 from csi_driver.volumes.capacity import PoolCapacity
 from csi_driver.volumes.captures import Captures
 from csi_driver.volumes.contents import Contents
+from csi_driver.volumes.expansion import NodeExpansion
 from csi_driver.volumes.groups import Groups
 from csi_driver.volumes.health import Health
 from csi_driver.volumes.inline import InlineVolumes
@@ -59,6 +60,8 @@ class Installation:
     max_volumes_per_node: int = 0
     controller: bool = True
     node: bool = True
+    expansion: Sequence[str] = ()
+    """Names of other nodes' pools, whose expansions are passed on to the nodes. Then nothing else is served, and nothing kept."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ class Domain:
         A pool behind a server is another matter: whatever is wrong with it, the others are served, and it is tried again when it is
         asked for. A node alone leaves it be: it mounts volumes, not pools.
         """
+        if self.services.expansion is not None:
+            return
         self.state.prepare()
         known = self.state.identities()
         found = {store.name: store.prepare(known.get(store.name)) for store in self.pools if not store.backend.remote}
@@ -148,7 +153,8 @@ def assemble(installation: Installation) -> Domain:
         snapshots=snapshots if controller else None,
         groups=groups if controller else None,
         capacity=PoolCapacity(pools) if controller else None,
-        node=Node(info, pools, state, publisher, UsageCounter(jobs), health) if installation.node else None,
+        node=Node(info, pools, state, publisher, UsageCounter(jobs), health, provisioner) if installation.node else None,
+        expansion=NodeExpansion(installation.expansion) if installation.expansion else None,
     )
     # A node alone does not sweep what lies behind a server: there the controller does.
     swept = {name: store for name, store in stores.items() if controller or not store.backend.remote}

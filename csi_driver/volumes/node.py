@@ -23,6 +23,7 @@ from csi_driver.volumes.model import (
 from csi_driver.volumes.node_state import NodeState, NodeVolumeRecord
 from csi_driver.volumes.pools import Pools, PoolStore
 from csi_driver.volumes.publisher import Publisher
+from csi_driver.volumes.services import VolumeService
 from csi_driver.volumes.usage import UsageCounter
 
 
@@ -30,7 +31,14 @@ class Node:
     """The NodeService (services.py)."""
 
     def __init__(
-        self, info: NodeInfo, pools: Pools, state: NodeState, publisher: Publisher, usage: UsageCounter, health: Health
+        self,
+        info: NodeInfo,
+        pools: Pools,
+        state: NodeState,
+        publisher: Publisher,
+        usage: UsageCounter,
+        health: Health,
+        volumes: VolumeService,
     ) -> None:
         self._info = info
         self._pools = pools
@@ -38,6 +46,7 @@ class Node:
         self._publisher = publisher
         self._usage = usage
         self._health = health
+        self._volumes = volumes
 
     def info(self) -> NodeInfo:
         return self._info
@@ -62,13 +71,18 @@ class Node:
         return self._usage.stats(store, known.directory, capacity, deadline, Path(os.path.normpath(volume_path)))
 
     def expand(self, handle: str, volume_path: str, capacity: CapacityRange) -> int:
-        """Return the size that the volume has; a directory needs nothing on the node. Raises NotFound, OutOfRange."""
+        """Return the size that the volume has; one of a node-local pool is made larger here, where its record is.
+
+        Raises NotFound, OutOfRange (also of what ControllerExpandVolume should have done), OperationPending.
+        """
         known = self._publisher.find_published(handle, volume_path)
         store, record = self._find(known)
         if store.backend.remote and known.capacity_bytes is not None:
             # The controller has made it larger; this node knows its size from when it was staged.
             self._publisher.grown(handle, capacity.required_bytes)
             return max(known.capacity_bytes, capacity.required_bytes)
+        if record is not None and store.backend.node_local and not known.ephemeral:
+            return self._volumes.expand(handle, capacity, None)
         size = record.capacity_bytes if record else capacity.required_bytes
         if size < capacity.required_bytes or (capacity.limit_bytes and size > capacity.limit_bytes):
             raise OutOfRange(

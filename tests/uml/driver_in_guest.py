@@ -71,6 +71,8 @@ class Driver:
         self._directory = pathlib.Path(tempfile.mkdtemp(prefix="csi-", dir="/tmp"))
         self.socket = self._directory / "s"
         self.log = self._directory / "log"
+        self.confinement: tuple[str, ...] = ()
+        """The command that runs the driver's, and takes something from it."""
         self.process: subprocess.Popen[bytes] | None = None
         self._client: Client | None = None
 
@@ -81,7 +83,7 @@ class Driver:
 
     def spawn(self) -> None:
         """Start the process and do not wait for it."""
-        argv = [sys.executable, "-m", "csi_driver", "serve", "--config", str(self._config), "--role", self.role]
+        argv = [*self.confinement, sys.executable, "-m", "csi_driver", "serve", "--config", str(self._config), "--role", self.role]
         argv += ["--endpoint", self.endpoint, "--kubelet-dir", str(KUBELET), "--log-level", "debug"]
         with self.log.open("ab") as log:
             self.process = self.node.popen(argv, directory=str(CHECKOUT), stdout=log, stderr=log, stdin=subprocess.DEVNULL)

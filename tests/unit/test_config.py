@@ -420,6 +420,7 @@ def options(**changed):
         "endpoint": "unix:///csi/csi.sock",
         "node_id": "node-1.example.org",
         "kubelet_dir": Path("/var/lib/kubelet"),
+        "kubelet_registration_path": None,
         "metrics_address": None,
         "log_format": "text",
         "log_level": "info",
