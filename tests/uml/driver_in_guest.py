@@ -83,7 +83,17 @@ class Driver:
 
     def spawn(self) -> None:
         """Start the process and do not wait for it."""
-        argv = [*self.confinement, sys.executable, "-m", "csi_driver", "serve", "--config", str(self._config), "--role", self.role]
+        argv = [
+            *self.confinement,
+            sys.executable,
+            "-m",
+            "csi_driver",
+            "serve",
+            "--config",
+            str(self._config),
+            "--role",
+            self.role,
+        ]
         argv += ["--endpoint", self.endpoint, "--kubelet-dir", str(KUBELET), "--log-level", "debug"]
         with self.log.open("ab") as log:
             self.process = self.node.popen(argv, directory=str(CHECKOUT), stdout=log, stderr=log, stdin=subprocess.DEVNULL)
