@@ -4,18 +4,25 @@ external-provisioner and external-snapshotter each elect their own leader, so tw
 once. Nobody waits: the second caller is told that the first is at work, and the sidecar comes back.
 
 A lock is shared by those who only read a volume's content (a capture) and exclusive for those who change it.
+
+What all calls of a pool need for a moment (promises.py) is queued for instead: there, being told to come back would meet everybody.
 """
 
 import hashlib
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from csi_driver.errors import OperationPending
 from csi_driver.linux.byte_range_locks import HeldLock
 
 _EXCLUSIVE = -1
+_POLL_SECONDS = 0.004
+_STREAK_SECONDS = 0.05
+"""For how long this process takes a queue's lock again and again, before it leaves another process room to find it free."""
 
 
 class LockedStore(Protocol):
@@ -33,6 +40,7 @@ class KeyedLocks:
     def __init__(self) -> None:
         self._guard = threading.Lock()
         self._holders: dict[tuple[str, str], int] = {}
+        self._queues: dict[tuple[str, str], _Queue] = {}
 
     @contextmanager
     def hold(self, store: LockedStore, key: str, *, shared: bool = False) -> Iterator[None]:
@@ -60,6 +68,53 @@ class KeyedLocks:
                     self._holders[place] = left
                 else:
                     del self._holders[place]
+
+    @contextmanager
+    def queue(self, store: LockedStore, key: str, seconds: float) -> Iterator[None]:
+        """Hold `key` in `store` until the context ends, after waiting at most `seconds` for others; for moments, not for work.
+
+        It is another lock than `hold` has for the same key, in this process; with other processes it is the same.
+        Raises OperationPending where they do not come to an end.
+        """
+        with self._guard:
+            queue = self._queues.setdefault((store.name, key), _Queue())
+        until = time.monotonic() + seconds
+        if not queue.turn.acquire(timeout=seconds):
+            raise _pending(store, key)
+        try:
+            with queue.take(store, key, until):
+                yield
+        finally:
+            queue.turn.release()
+
+
+@dataclass(eq=False)
+class _Queue:
+    """Those of this process who wait for one key: threads one after another, and whoever's turn it is asks the other processes."""
+
+    turn: threading.Lock = field(default_factory=threading.Lock)
+    streak: float = 0.0
+    let_go: float = 0.0
+
+    @contextmanager
+    def take(self, store: LockedStore, key: str, until: float) -> Iterator[None]:
+        # fcntl(2) can wait, but not for a while; and nobody is woken in turn, so whoever keeps the lock busy has to make room.
+        now = time.monotonic()
+        if now - self.let_go > _POLL_SECONDS:
+            self.streak = now
+        elif now - self.streak > _STREAK_SECONDS:
+            time.sleep(2 * _POLL_SECONDS)
+            self.streak = time.monotonic()
+        while (held := store.try_hold(_offset(key), shared=False)) is None:
+            if time.monotonic() > until:
+                raise _pending(store, key)
+            time.sleep(_POLL_SECONDS)
+            self.streak = time.monotonic()
+        try:
+            with held:
+                yield
+        finally:
+            self.let_go = time.monotonic()
 
 
 def _pending(store: LockedStore, key: str) -> OperationPending:
