@@ -135,7 +135,7 @@ def assemble(installation: Installation) -> Domain:
     provisioner = Provisioner(pools, locks, jobs, contents, sources, volume_removal, verifier, promises)
     snapshots = Snapshots(pools, locks, jobs, contents, sources, snapshot_removal, verifier)
     groups = Groups(pools, locks, jobs, snapshots, sources, snapshot_removal)
-    health = Health(pools)
+    health = Health(pools, promises)
     state = NodeState(installation.state_directory, installation.driver)
     placements = Placements(pools, installation.node_id)
     publisher = Publisher(

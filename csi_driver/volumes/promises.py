@@ -97,9 +97,10 @@ class Promises:
         space = store.space()
         reserve = store.backend.budget.reserve_of(space.total_bytes)
         if more_bytes > space.available_bytes - reserve:
+            kept = f" beyond its reserve of {reserve}" if reserve else ""
             raise Committed(
-                f"{more_bytes} bytes are asked for, but pool {store.name} has {max(0, space.available_bytes - reserve)} bytes free "
-                f"({space.available_bytes} less the reserve of {reserve}): remove data, or wait until what was deleted has left the trash"
+                f"{more_bytes} bytes are asked for, but pool {store.name} has {max(0, space.available_bytes - reserve)} bytes free{kept}: "
+                "remove data or snapshots, or wait until what was deleted has left the trash"
             )
         return self._raise(store, record_id, size_bytes, more_bytes, space)
 
