@@ -138,7 +138,9 @@ def promise_problems(promises: Promises, store: PoolStore) -> list[HealthEntry]:
         message = f"pool {store.name} has promised {room.promised_bytes} of {room.most_bytes} bytes: it makes no more volumes"
         problems.append(HealthEntry(HealthLevel.DEGRADED, "PoolOverpromised", message))
     if room.unknown_records:
-        message = f"pool {store.name}: {room.unknown_records} volume record(s) cannot be read; what they promised is not counted"
+        message = (
+            f"pool {store.name}: {room.unknown_records} volume record(s) cannot be read; what they promised is not counted"
+        )
         problems.append(HealthEntry(HealthLevel.DEGRADED, "PromisesUnknown", message))
     return problems
 
