@@ -75,6 +75,7 @@ class Domain:
     sweeper: Sweeper
     state: NodeState
     verifier: Verifier
+    promises: Promises
 
     def prepare(self) -> None:
         """Make the pools ready to be served.
@@ -161,4 +162,4 @@ def assemble(installation: Installation) -> Domain:
     # A node alone does not sweep what lies behind a server: there the controller does.
     swept = {name: store for name, store in stores.items() if controller or not store.backend.remote}
     sweeper = Sweeper(Pools(swept, None), locks, volume_removal, snapshot_removal, groups, trash_filled)
-    return Domain(services, pools, jobs, sweeper, state, verifier)
+    return Domain(services, pools, jobs, sweeper, state, verifier, promises)

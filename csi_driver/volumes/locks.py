@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from csi_driver.errors import OperationPending
@@ -21,8 +20,6 @@ from csi_driver.linux.byte_range_locks import HeldLock
 
 _EXCLUSIVE = -1
 _POLL_SECONDS = 0.004
-_STREAK_SECONDS = 0.05
-"""For how long this process takes a queue's lock again and again, before it leaves another process room to find it free."""
 
 
 class LockedStore(Protocol):
@@ -40,7 +37,7 @@ class KeyedLocks:
     def __init__(self) -> None:
         self._guard = threading.Lock()
         self._holders: dict[tuple[str, str], int] = {}
-        self._queues: dict[tuple[str, str], _Queue] = {}
+        self._turns: dict[tuple[str, str], threading.Lock] = {}
 
     @contextmanager
     def hold(self, store: LockedStore, key: str, *, shared: bool = False) -> Iterator[None]:
@@ -77,44 +74,20 @@ class KeyedLocks:
         Raises OperationPending where they do not come to an end.
         """
         with self._guard:
-            queue = self._queues.setdefault((store.name, key), _Queue())
+            turn = self._turns.setdefault((store.name, key), threading.Lock())
         until = time.monotonic() + seconds
-        if not queue.turn.acquire(timeout=seconds):
+        if not turn.acquire(timeout=seconds):
             raise _pending(store, key)
         try:
-            with queue.take(store, key, until):
-                yield
-        finally:
-            queue.turn.release()
-
-
-@dataclass(eq=False)
-class _Queue:
-    """Those of this process who wait for one key: threads one after another, and whoever's turn it is asks the other processes."""
-
-    turn: threading.Lock = field(default_factory=threading.Lock)
-    streak: float = 0.0
-    let_go: float = 0.0
-
-    @contextmanager
-    def take(self, store: LockedStore, key: str, until: float) -> Iterator[None]:
-        # fcntl(2) can wait, but not for a while; and nobody is woken in turn, so whoever keeps the lock busy has to make room.
-        now = time.monotonic()
-        if now - self.let_go > _POLL_SECONDS:
-            self.streak = now
-        elif now - self.streak > _STREAK_SECONDS:
-            time.sleep(2 * _POLL_SECONDS)
-            self.streak = time.monotonic()
-        while (held := store.try_hold(_offset(key), shared=False)) is None:
-            if time.monotonic() > until:
-                raise _pending(store, key)
-            time.sleep(_POLL_SECONDS)
-            self.streak = time.monotonic()
-        try:
+            # The threads of this process wait in `turn`; whose turn it is asks the other processes: fcntl(2) cannot wait for a while.
+            while (held := store.try_hold(_offset(key), shared=False)) is None:
+                if time.monotonic() > until:
+                    raise _pending(store, key)
+                time.sleep(_POLL_SECONDS)
             with held:
                 yield
         finally:
-            self.let_go = time.monotonic()
+            turn.release()
 
 
 def _pending(store: LockedStore, key: str) -> OperationPending:
