@@ -32,6 +32,7 @@ from csi_driver.volumes.handles import node_tag
 from csi_driver.volumes.model import Topology
 from csi_driver.volumes.nodes import address_towards, topology_value
 from csi_driver.volumes.pools import TRASH, PoolStore
+from csi_driver.volumes.promises import Promises
 from csi_driver.volumes.sweeper import SweepReport
 
 STOP_SECONDS = 20.0
@@ -207,11 +208,11 @@ def _metrics(options: ServeOptions, settings: DriverSettings, domain: Domain) ->
     for store in domain.pools:
         if store.backend.remote and options.role == "node":
             continue  # the controller measures it; a node would have to mount the share for that
-        metrics.watch_pool(store.name, _usage_of(store))
+        metrics.watch_pool(store.name, _usage_of(store, domain.promises))
     return metrics
 
 
-def _usage_of(store: PoolStore) -> Callable[[], PoolUsage]:
+def _usage_of(store: PoolStore, promises: Promises) -> Callable[[], PoolUsage]:
     def read() -> PoolUsage:
         in_background.set(True)  # a scrape does not keep a share mounted
         if store.backend.dormant:
@@ -226,6 +227,7 @@ def _usage_of(store: PoolStore) -> Callable[[], PoolUsage]:
             volumes=len(store.volumes.ids()),
             snapshots=len(store.snapshots.ids()),
             trash=waiting,
+            promised_bytes=promises.room(store, space).promised_bytes,
         )
 
     return read

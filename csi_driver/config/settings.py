@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,23 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 @dataclass(frozen=True)
+class Budget:
+    """How much of a pool may be promised to volumes.
+
+    `size_bytes` None is what its filesystem has, but for the reserve: `reserve_bytes`, or the share `reserve_share` of the filesystem.
+    """
+
+    size_bytes: int | None = None
+    overcommit: Fraction = Fraction(1)
+    reserve_bytes: int = 0
+    reserve_share: Fraction = Fraction(0)
+
+    def reserve_of(self, total_bytes: int) -> int:
+        """Return the bytes of a filesystem with `total_bytes` that stay free."""
+        return self.reserve_bytes + int(self.reserve_share * total_bytes)
+
+
+@dataclass(frozen=True)
 class HostPathPool:
     """A directory of the node (or, with `shared`, one filesystem that every node sees at the same path)."""
 
@@ -21,6 +39,7 @@ class HostPathPool:
     path: Path
     shared: bool = False
     inline: bool = False  # whether pod authors may name this pool in inline volumes
+    budget: Budget = Budget()
 
 
 @dataclass(frozen=True)
@@ -32,6 +51,7 @@ class NfsPool:
     path: Path
     options: tuple[str, ...] = ()
     inline: bool = False
+    budget: Budget = Budget()
 
 
 Pool = HostPathPool | NfsPool

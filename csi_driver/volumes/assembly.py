@@ -29,6 +29,7 @@ from csi_driver.volumes.node_state import NodeState
 from csi_driver.volumes.nodes import Nodes
 from csi_driver.volumes.placement import Placements
 from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.promises import Promises
 from csi_driver.volumes.provisioner import Provisioner
 from csi_driver.volumes.publisher import Publisher
 from csi_driver.volumes.removal import SnapshotRemoval, VolumeRemoval
@@ -74,6 +75,7 @@ class Domain:
     sweeper: Sweeper
     state: NodeState
     verifier: Verifier
+    promises: Promises
 
     def prepare(self) -> None:
         """Make the pools ready to be served.
@@ -127,13 +129,14 @@ def assemble(installation: Installation) -> Domain:
     }
     pools = Pools(stores, installation.default_pool)
     locks, jobs = KeyedLocks(), Jobs()
+    promises = Promises(locks)
     contents, sources = Contents(locks, Captures(Turns())), Sources(pools, locks)
     volume_removal, snapshot_removal = VolumeRemoval(locks, contents), SnapshotRemoval(locks)
     verifier = Verifier(locks, contents, sources)
-    provisioner = Provisioner(pools, locks, jobs, contents, sources, volume_removal, verifier)
+    provisioner = Provisioner(pools, locks, jobs, contents, sources, volume_removal, verifier, promises)
     snapshots = Snapshots(pools, locks, jobs, contents, sources, snapshot_removal, verifier)
     groups = Groups(pools, locks, jobs, snapshots, sources, snapshot_removal)
-    health = Health(pools)
+    health = Health(pools, promises)
     state = NodeState(installation.state_directory, installation.driver)
     placements = Placements(pools, installation.node_id)
     publisher = Publisher(
@@ -152,11 +155,11 @@ def assemble(installation: Installation) -> Domain:
         attachments=Attachments(pools, locks, nodes, installation.max_volumes_per_node) if controller else None,
         snapshots=snapshots if controller else None,
         groups=groups if controller else None,
-        capacity=PoolCapacity(pools) if controller else None,
+        capacity=PoolCapacity(pools, promises) if controller else None,
         node=Node(info, pools, state, publisher, UsageCounter(jobs), health, provisioner) if installation.node else None,
         expansion=NodeExpansion(installation.expansion) if installation.expansion else None,
     )
     # A node alone does not sweep what lies behind a server: there the controller does.
     swept = {name: store for name, store in stores.items() if controller or not store.backend.remote}
     sweeper = Sweeper(Pools(swept, None), locks, volume_removal, snapshot_removal, groups, trash_filled)
-    return Domain(services, pools, jobs, sweeper, state, verifier)
+    return Domain(services, pools, jobs, sweeper, state, verifier, promises)

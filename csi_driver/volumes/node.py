@@ -1,5 +1,6 @@
 """The node as CSI sees it: who it is, and the calls about volumes that are mounted on it."""
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ from csi_driver.volumes.pools import Pools, PoolStore
 from csi_driver.volumes.publisher import Publisher
 from csi_driver.volumes.services import VolumeService
 from csi_driver.volumes.usage import UsageCounter
+
+_log = logging.getLogger(__name__)
 
 
 class Node:
@@ -68,7 +71,12 @@ class Node:
         known = self._publisher.find_published(handle, volume_path)
         store, record = self._find(known)
         capacity = record.capacity_bytes if record else known.capacity_bytes
-        return self._usage.stats(store, known.directory, capacity, deadline, Path(os.path.normpath(volume_path)))
+        found = self._usage.stats(store, known.directory, capacity, deadline, Path(os.path.normpath(volume_path)))
+        # CSI has no field for it: whoever doubts a number finds here how it came about.
+        _log.debug(
+            "usage read", extra={"volume": handle, "source": found.source.value, "age_seconds": round(found.age_seconds, 1)}
+        )
+        return found
 
     def expand(self, handle: str, volume_path: str, capacity: CapacityRange) -> int:
         """Return the size that the volume has; one of a node-local pool is made larger here, where its record is.

@@ -190,7 +190,7 @@ def test_each_code_that_the_driver_answers_is_explained():
 def test_each_metric_is_listed_with_its_labels():
     metrics = PrometheusMetrics("driver", {"backend": "hostpath", "role": "all"})
     metrics.lane_opened("node", 1)
-    metrics.watch_pool("fast", lambda: PoolUsage(1, 1, 1, 1, 1, 1))
+    metrics.watch_pool("fast", lambda: PoolUsage(1, 1, 1, 1, 1, 1, 1))
     metrics.call_finished("/csi.v1.Node/NodeGetInfo", "OK", 0.1)
     metrics.sweep_finished(0.1, {"trash": 1}, 0)
     labels = {}

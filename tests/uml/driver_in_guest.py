@@ -45,13 +45,14 @@ class Pool:
     path: str
     options: tuple[str, ...] = ("vers=4.2",)
     inline: bool = False
+    size: str = ""
 
     def text(self) -> str:
         """Say it as pools.toml does."""
         options = ", ".join(f'"{option}"' for option in self.options)
         return (
             f'[pools.{self.name}]\nserver = "{self.server}"\npath = "{self.path}"\noptions = [{options}]\n'
-            f"inline = {str(self.inline).lower()}\n"
+            f"inline = {str(self.inline).lower()}\n" + (f'size = "{self.size}"\n' if self.size else "")
         )
 
 
@@ -237,14 +238,14 @@ class Cluster:
     ) -> None:
         self._directory = pathlib.Path(tempfile.mkdtemp(prefix="cluster-", dir="/tmp"))
         self._options = driver_options
-        self._config = self._directory / "pools.toml"
+        self.config = self._directory / "pools.toml"
         self.configure(pools)
         self._made = [network.node("controller"), *(network.node("worker") for _ in range(nodes))]
         if v3:
             for node in self._made:
                 node.start_statd()
-        self.controller = Driver(self._made[0], self._config, "controller")
-        self.nodes = [Driver(node, self._config, "node") for node in self._made[1:]]
+        self.controller = Driver(self._made[0], self.config, "controller")
+        self.nodes = [Driver(node, self.config, "node") for node in self._made[1:]]
         self._told: dict[tuple[str, str], Mapping[str, str]] = {}
         self._ids: dict[str, str] = {}
 
@@ -255,7 +256,7 @@ class Cluster:
 
     def configure(self, pools: Iterable[Pool]) -> None:
         """Write pools.toml; a process reads it when it starts."""
-        self._config.write_text(f'[driver]\nbackend = "nfs"\n{self._options}\n' + "\n".join(pool.text() for pool in pools))
+        self.config.write_text(f'[driver]\nbackend = "nfs"\n{self._options}\n' + "\n".join(pool.text() for pool in pools))
 
     def start(self) -> Self:
         """Start all processes, at once."""

@@ -151,7 +151,7 @@ def test_a_mistake_in_the_file_is_its_lines_on_stderr_and_nothing_else(run, tmp_
     result, _ = run("serve", "--config", str(file))
     assert result.exit_code == 2
     assert result.stderr == (
-        f"{file}: [pools.fast] shard = 1: unknown key (did you mean shared?); allowed: path, shared, inline\n"
+        f"{file}: [pools.fast] shard = 1: unknown key (did you mean shared?); allowed: path, shared, inline, size, overcommit, reserve\n"
         f'{file}: [pools.fast] path = "srv": must be an absolute path\n'
     )
 
