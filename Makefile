@@ -6,6 +6,8 @@ VENV := .venv
 CACHE := .cache
 SANITY_VERSION := v5.6.0
 SANITY := $(CACHE)/bin/csi-sanity-$(SANITY_VERSION)
+HELM_VERSION := v3.22.0
+HELM := $(CACHE)/bin/helm-$(HELM_VERSION)
 PYTEST := $(VENV)/bin/python -m pytest
 
 .PHONY: help
@@ -40,19 +42,39 @@ $(SANITY):
 	GOBIN=$(abspath $(CACHE)/bin) CGO_ENABLED=0 go install github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity@$(SANITY_VERSION)
 	mv $(CACHE)/bin/csi-sanity $@
 
+$(HELM):
+	@mkdir -p $(dir $@)
+	GOBIN=$(abspath $(CACHE)/bin) CGO_ENABLED=0 go install -trimpath -ldflags '-s -w' helm.sh/helm/v3/cmd/helm@$(HELM_VERSION)
+	mv $(CACHE)/bin/helm $@
+
 .PHONY: lock
 lock: $(VENV)/dev.stamp ## Renew the locked dependencies from pyproject.toml
 	$(VENV)/bin/uv pip compile --quiet --upgrade --universal --generate-hashes --no-header --no-emit-index-url pyproject.toml -o requirements/runtime.txt
 	$(VENV)/bin/uv pip compile --quiet --upgrade --universal --generate-hashes --no-header --no-emit-index-url pyproject.toml --group dev -o requirements/dev.txt
+	grep -m 1 -oE '^hatchling==[^ ]+' requirements/dev.txt | $(VENV)/bin/uv pip compile --quiet --universal --generate-hashes --no-header --no-emit-index-url -c requirements/dev.txt - -o requirements/build.txt
 
 .PHONY: proto
-proto: $(VENV)/dev.stamp ## Generate the protocol's code from proto/csi.proto
+proto: $(VENV)/dev.stamp ## Generate the protocols' code from proto/*.proto
 	$(VENV)/bin/python proto/generate.py
 
 # --- use ----------------------------------------------------------------------------------------------------------------------------
 .PHONY: run
 run: $(VENV)/runtime.stamp ## Run the driver on a directory of its own and watch a volume's whole life
 	@$(VENV)/bin/python -m csi_driver try --directory run
+
+# --- deploy -------------------------------------------------------------------------------------------------------------------------
+.PHONY: image
+image: ## Build the image with docker, podman or buildah (IMAGE=name:tag)
+	deploy/build-image $(IMAGE)
+
+.PHONY: wheels
+wheels: $(VENV)/dev.stamp ## Fetch the wheels that the image is made of, for a build that reaches no package index
+	$(VENV)/bin/pip download --quiet --disable-pip-version-check --require-hashes -r requirements/runtime.txt -d wheels
+	$(VENV)/bin/pip download --quiet --disable-pip-version-check --require-hashes -r requirements/build.txt -d wheels
+
+.PHONY: manifests
+manifests: $(VENV)/dev.stamp $(HELM) ## Render deploy/manifests from the chart
+	HELM=$(abspath $(HELM)) $(VENV)/bin/python deploy/render.py
 
 # --- test ---------------------------------------------------------------------------------------------------------------------------
 .PHONY: test
@@ -72,8 +94,8 @@ format: $(VENV)/dev.stamp ## Put the code into shape
 	$(VENV)/bin/ruff format --quiet .
 
 .PHONY: test-fast
-test-fast: $(VENV)/dev.stamp packages ## Tests that take seconds
-	$(PYTEST) -m "not minutes"
+test-fast: $(VENV)/dev.stamp packages $(if $(shell command -v go),$(HELM)) ## Tests that take seconds
+	HELM=$(abspath $(HELM)) $(PYTEST) -m "not minutes"
 
 .PHONY: test-minutes
 test-minutes: $(VENV)/dev.stamp $(SANITY) packages ## Tests that take minutes: csi-sanity, storms, many volumes
@@ -86,6 +108,21 @@ sanity: $(VENV)/dev.stamp $(SANITY) ## csi-sanity against the driver on hostPath
 .PHONY: test-nfs
 test-nfs: $(VENV)/dev.stamp $(SANITY) packages ## The driver on real NFS servers and clients, in user-mode Linux
 	CSI_SANITY=$(abspath $(SANITY)) $(PYTEST) -m minutes tests/uml
+
+# A whole cluster on this machine: namespaces, a bridge, loop devices. As root.
+.PHONY: cluster
+cluster: $(VENV)/dev.stamp $(HELM) ## Bring up Kubernetes with two nodes and the driver, from nothing (as root)
+	tests/cluster/install.sh
+	cd tests && HELM=$(abspath $(HELM)) $(abspath $(VENV))/bin/python -m cluster up
+
+.PHONY: cluster-down
+cluster-down: $(VENV)/dev.stamp ## Leave nothing of the cluster, nor of one whose making was killed
+	cd tests && $(abspath $(VENV))/bin/python -m cluster down
+
+.PHONY: test-cluster
+test-cluster: $(VENV)/dev.stamp $(HELM) ## Stories in a real Kubernetes: in the cluster that is up, or in one of their own (as root)
+	tests/cluster/install.sh
+	HELM=$(abspath $(HELM)) $(PYTEST) -m cluster tests/cluster --durations=0 --durations-min=1
 
 .PHONY: clean
 clean: ## Remove what was built, but not the caches of other tools

@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
@@ -22,15 +22,17 @@ from csi_driver.config import (
     parse_endpoint,
 )
 from csi_driver.errors import InvalidArgument, TatamiError, Unavailable
+from csi_driver.rpc.registration import KubeletRegistration
 from csi_driver.rpc.server import CsiServer
 from csi_driver.telemetry import logs
-from csi_driver.telemetry.http_endpoint import serve_metrics
+from csi_driver.telemetry.http_endpoint import ALIVE_SECONDS, serve_metrics
 from csi_driver.telemetry.metrics import Metrics, PoolUsage, PrometheusMetrics
 from csi_driver.volumes.assembly import Domain, Installation, assemble
 from csi_driver.volumes.handles import node_tag
 from csi_driver.volumes.model import Topology
 from csi_driver.volumes.nodes import address_towards, topology_value
 from csi_driver.volumes.pools import TRASH, PoolStore
+from csi_driver.volumes.promises import Promises
 from csi_driver.volumes.sweeper import SweepReport
 
 STOP_SECONDS = 20.0
@@ -47,7 +49,8 @@ def serve(options: ServeOptions, settings: DriverSettings) -> int:
     logs.configure(options.log_format, options.log_level)
     domain = assemble(_installation(options, settings))
     metrics = _metrics(options, settings, domain)
-    topology = any(store.backend.node_local or store.backend.remote for store in domain.pools)
+    topology = any(isinstance(pool, NfsPool) or not pool.shared for pool in settings.pools.values())
+    registration = _registration(options, settings)
     try:
         with ExitStack() as running:
             stopping = running.enter_context(_stop_signals())
@@ -65,19 +68,20 @@ def serve(options: ServeOptions, settings: DriverSettings) -> int:
             server.start()
             domain.sweeper.start(_observer(metrics))
             if options.metrics_address is not None:
-                ready = domain.services.health.ready
-                running.callback(serve_metrics(options.metrics_address, metrics, ready).stop)
-            _log.info(
-                "driver started",
-                extra={
-                    "driver": settings.name,
-                    "version": __version__,
-                    "role": options.role,
-                    "node": options.node_id,
-                    "pools": domain.pools.names(),
-                },
-            )
-            os.read(stopping, 1)
+                ready, alive = _ready(domain, registration), _alive(server)
+                running.callback(serve_metrics(options.metrics_address, metrics, ready, alive).stop)
+            with registration or nullcontext():
+                _log.info(
+                    "driver started",
+                    extra={
+                        "driver": settings.name,
+                        "version": __version__,
+                        "role": options.role,
+                        "node": options.node_id,
+                        "pools": ", ".join(settings.pools),
+                    },
+                )
+                os.read(stopping, 1)
             _log.info("stopping")
             ended = server.stop(STOP_SECONDS)
             domain.stop(5.0)
@@ -90,6 +94,24 @@ def serve(options: ServeOptions, settings: DriverSettings) -> int:
         _log.error("the driver cannot start", extra={"error": str(error)})
         return 1
     return 0
+
+
+def _registration(options: ServeOptions, settings: DriverSettings) -> KubeletRegistration | None:
+    if options.kubelet_registration_path is None:
+        return None
+    endpoint = parse_endpoint(str(options.kubelet_registration_path))
+    return KubeletRegistration(settings.name, options.kubelet_dir / "plugins_registry", endpoint)
+
+
+def _ready(domain: Domain, registration: KubeletRegistration | None) -> Callable[[], str | None]:
+    def ready() -> str | None:
+        return domain.services.health.ready() or (registration.problem() if registration else None)
+
+    return ready
+
+
+def _alive(server: CsiServer) -> Callable[[], str | None]:
+    return lambda: server.silence(ALIVE_SECONDS)
 
 
 @contextmanager
@@ -119,6 +141,8 @@ def _ignore(_number: int, _frame: FrameType | None) -> None:
 def _installation(options: ServeOptions, settings: DriverSettings) -> Installation:
     state_directory = options.kubelet_dir / "plugins" / settings.name
     if settings.backend == "nfs":
+        if options.role == "expansion":
+            raise ConfigError("--role expansion is for pools of nodes: those of NFS servers are expanded by their controller")
         pools = [pool for pool in settings.pools.values() if isinstance(pool, NfsPool)]
         backends = _nfs_backends(pools, state_directory)
         # Says which nodes run this driver. Volumes are bound to none of them: whoever has a way to the server can mount them.
@@ -132,6 +156,11 @@ def _installation(options: ServeOptions, settings: DriverSettings) -> Installati
             "[pools]: some pools are `shared = true` and some are not: shared pools are served by one controller, the others by each "
             "node, so they need two installations"
         )
+    if options.role == "expansion":
+        if places[0].shared:
+            raise ConfigError("--role expansion is for pools of nodes: shared ones are expanded by their controller")
+        names = tuple(pool.name for pool in places)
+        return dataclasses.replace(_installed(options, settings, {}, node_id, None, state_directory), expansion=names)
     directories = {pool.name: HostPathBackend(pool, topology) for pool in places}
     return _installed(options, settings, directories, node_id, None if places[0].shared else topology, state_directory)
 
@@ -179,11 +208,11 @@ def _metrics(options: ServeOptions, settings: DriverSettings, domain: Domain) ->
     for store in domain.pools:
         if store.backend.remote and options.role == "node":
             continue  # the controller measures it; a node would have to mount the share for that
-        metrics.watch_pool(store.name, _usage_of(store))
+        metrics.watch_pool(store.name, _usage_of(store, domain.promises))
     return metrics
 
 
-def _usage_of(store: PoolStore) -> Callable[[], PoolUsage]:
+def _usage_of(store: PoolStore, promises: Promises) -> Callable[[], PoolUsage]:
     def read() -> PoolUsage:
         in_background.set(True)  # a scrape does not keep a share mounted
         if store.backend.dormant:
@@ -198,6 +227,7 @@ def _usage_of(store: PoolStore) -> Callable[[], PoolUsage]:
             volumes=len(store.volumes.ids()),
             snapshots=len(store.snapshots.ids()),
             trash=waiting,
+            promised_bytes=promises.room(store, space).promised_bytes,
         )
 
     return read

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Generate csi_driver/rpc/csi_pb2* from csi.proto, or say with --check which of them is stale.
+"""Generate csi_driver/rpc/*_pb2* from the protocol files beside this one, or say with --check which of them is stale.
 
 The generated files are committed: the image and a plain `pip install` need no compiler, and a review shows what a new protocol
 changes. Needs the development requirements (grpcio-tools, mypy-protobuf); their versions are part of the result.
@@ -16,11 +16,12 @@ from grpc_tools import protoc  # type: ignore[import-untyped]
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path("csi_driver", "rpc")
-NAMES = ("csi_pb2.py", "csi_pb2.pyi", "csi_pb2_grpc.py", "csi_pb2_grpc.pyi")
+PROTOCOLS = ("csi", "pluginregistration")
+NAMES = tuple(f"{protocol}_pb2{ending}" for protocol in PROTOCOLS for ending in (".py", ".pyi", "_grpc.py", "_grpc.pyi"))
 
 
 def generate(into: Path) -> dict[Path, bytes]:
-    """Compile proto/csi.proto below `into`; return the content of each file, by its path from the root of the checkout.
+    """Compile the protocol files below `into`; return the content of each file, by its path from the root of the checkout.
 
     Raises RuntimeError when protoc fails; what is wrong is then on standard error, written by protoc itself.
     """
@@ -28,7 +29,7 @@ def generate(into: Path) -> dict[Path, bytes]:
     status = protoc.main(
         [
             "protoc",
-            # A virtual path: protoc takes the file for csi_driver/rpc/csi.proto, and so the generated files import each other
+            # A virtual path: protoc takes a file for csi_driver/rpc/csi.proto, and so the generated files import each other
             # by the package's name. Only the file name in the descriptor differs from upstream's, and nothing reads that.
             f"-I{PACKAGE}={ROOT / 'proto'}",
             f"-I{files('grpc_tools') / '_proto'}",
@@ -39,7 +40,7 @@ def generate(into: Path) -> dict[Path, bytes]:
             f"--mypy_out=quiet:{into}",
             # only_sync: our server has threads, not an event loop, and so a context is a plain grpc.ServicerContext.
             f"--mypy_grpc_out=quiet,only_sync:{into}",
-            f"{PACKAGE}/csi.proto",
+            *(f"{PACKAGE}/{protocol}.proto" for protocol in PROTOCOLS),
         ],
     )
     if status:

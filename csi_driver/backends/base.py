@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from csi_driver.config.settings import Budget
+
 in_background: ContextVar[bool] = ContextVar("in_background", default=False)
 """Set in threads that come by again and again: what they do with a pool does not keep its share mounted."""
 
@@ -61,6 +63,10 @@ class PoolBackend(Protocol):
     @property
     def inline(self) -> bool:
         """Whether pod authors may name this pool in an inline volume."""
+
+    @property
+    def budget(self) -> Budget:
+        """How much of it may be promised, as `pools.toml` says."""
 
     def topology(self) -> Mapping[str, str] | None:
         """Return the segments from which the pool can be reached; None for everywhere."""

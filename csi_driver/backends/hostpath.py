@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from csi_driver.backends.base import Shortcoming, Space, Used
-from csi_driver.config.settings import HostPathPool
+from csi_driver.config.settings import Budget, HostPathPool
 from csi_driver.errors import NotFound, Unavailable, quoted
 from csi_driver.linux import mounts
 from csi_driver.linux.beneath import open_beneath
@@ -42,6 +42,10 @@ class HostPathBackend:
     @property
     def inline(self) -> bool:
         return self._settings.inline
+
+    @property
+    def budget(self) -> Budget:
+        return self._settings.budget
 
     def topology(self) -> Mapping[str, str] | None:
         return self._topology if self.node_local else None

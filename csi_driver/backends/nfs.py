@@ -11,7 +11,7 @@ from pathlib import Path
 
 from csi_driver.backends.base import Shortcoming, Space, Used
 from csi_driver.backends.nfs_share import Share
-from csi_driver.config.settings import NfsPool
+from csi_driver.config.settings import Budget, NfsPool
 from csi_driver.errors import Unavailable
 from csi_driver.linux import nfs_child, nfs_mounts
 from csi_driver.linux.nfs_options import bind_attributes, join_options, parse_nfs_options, share_options
@@ -50,6 +50,10 @@ class NfsBackend:
     @property
     def inline(self) -> bool:
         return self._settings.inline
+
+    @property
+    def budget(self) -> Budget:
+        return self._settings.budget
 
     def topology(self) -> Mapping[str, str] | None:
         return None

@@ -22,9 +22,9 @@ from csi_driver.config import LogFormat, LogLevel, Role, ServeOptions, load_sett
 @click.option(
     "--role",
     envvar="TATAMI_ROLE",
-    type=click.Choice(["controller", "node", "all"]),
+    type=click.Choice(["controller", "node", "all", "expansion"]),
     default="all",
-    help="The CSI services of this process.",
+    help="The CSI services of this process; expansion: one for all nodes beside external-resizer, for pools of nodes.",
 )
 @click.option("--endpoint", envvar="TATAMI_ENDPOINT", default="unix:///csi/csi.sock", help="The Unix socket to serve on.")
 @click.option(
@@ -40,6 +40,13 @@ from csi_driver.config import LogFormat, LogLevel, Role, ServeOptions, load_sett
     type=click.Path(path_type=Path),
     default=Path("/var/lib/kubelet"),
     help="The kubelet's root directory.",
+)
+@click.option(
+    "--kubelet-registration-path",
+    envvar="TATAMI_KUBELET_REGISTRATION_PATH",
+    type=click.Path(path_type=Path),
+    show_default="off",
+    help="The driver's socket as the kubelet finds it on the host: register with the kubelet, without a sidecar.",
 )
 @click.option(
     "--metrics-address",
@@ -66,12 +73,15 @@ def command(
     endpoint: str,
     node_id: str,
     kubelet_dir: Path,
+    kubelet_registration_path: Path | None,
     metrics_address: str | None,
     log_format: LogFormat,
     log_level: LogLevel,
 ) -> None:
     """Serve CSI on a Unix socket until SIGTERM or SIGINT."""
-    options = ServeOptions(config, role, endpoint, node_id, kubelet_dir, metrics_address, log_format, log_level).checked()
+    options = ServeOptions(
+        config, role, endpoint, node_id, kubelet_dir, kubelet_registration_path, metrics_address, log_format, log_level
+    ).checked()
     settings = load_settings(options.config)
     program = context.ensure_object(Program)
     context.exit(program.serve(options, settings))

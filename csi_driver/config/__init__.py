@@ -3,6 +3,7 @@
 from csi_driver.config.pools_file import DEFAULT_NAMES, DEFAULT_POOL_PATH, load_settings, parse_settings
 from csi_driver.config.settings import (
     Backend,
+    Budget,
     DriverSettings,
     HostPathPool,
     LogFormat,
@@ -18,6 +19,7 @@ __all__ = [
     "DEFAULT_NAMES",
     "DEFAULT_POOL_PATH",
     "Backend",
+    "Budget",
     "ConfigError",
     "DriverSettings",
     "HostPathPool",

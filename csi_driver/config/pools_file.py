@@ -11,17 +11,21 @@ import difflib
 import re
 import tomllib
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from csi_driver.config.settings import Backend, DriverSettings, HostPathPool, NfsPool, Pool
+from csi_driver.config.settings import Backend, Budget, DriverSettings, HostPathPool, NfsPool, Pool
 from csi_driver.config.values import (
+    MAX_BYTES,
     ConfigError,
     parse_directory,
     parse_driver_name,
     parse_mount_option,
+    parse_percent,
     parse_pool_name,
+    parse_quantity,
     parse_server,
     parse_server_path,
     shown,
@@ -34,6 +38,9 @@ DEFAULT_NAMES: Mapping[Backend, str] = MappingProxyType({"hostpath": "hostpath.c
 
 MAX_FILE_BYTES = 1024 * 1024  # what a ConfigMap can hold (Kubernetes: 1 MiB)
 MAX_VOLUMES_PER_NODE = 2**63 - 1  # int64 in NodeGetInfoResponse
+
+MAX_OVERCOMMIT = 1000
+_BUDGET = ("size", "overcommit", "reserve")
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _T = TypeVar("_T")
@@ -135,6 +142,24 @@ class _Table:
         self.refuse(key, f"must be a whole number from 1 to {most}")
         return None
 
+    def amount(self, key: str, parse: Callable[[str], _T], least: int, describe: str) -> int | _T | None:
+        """Return a number of bytes, or what `parse` makes of a string."""
+        value = self.values.get(key, "")
+        if isinstance(value, str):
+            return self.text(key, parse, describe)
+        if isinstance(value, int) and not isinstance(value, bool) and least <= value <= MAX_BYTES:
+            return value
+        self.refuse(key, describe)
+        return None
+
+    def factor(self, key: str, least: int, most: int) -> Fraction | None:
+        """Return a number, exactly as it is written."""
+        value = self.values.get(key, least)
+        if isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most:
+            return Fraction(str(value))
+        self.refuse(key, f"must be a number from {least} to {most}")
+        return None
+
     def texts(self, key: str, parse: Callable[[str], str]) -> tuple[str, ...]:
         value = self.values.get(key, [])
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
@@ -191,15 +216,40 @@ def _pool(pools: _Table, name: str, backend: Backend | None) -> Pool | None:
     if table is None or backend is None:
         return None
     if backend == "hostpath":
-        table.only("path", "shared", "inline")
+        table.only("path", "shared", "inline", *_BUDGET)
         directory = table.text("path", parse_directory, "an absolute path of a directory on the node", required=True)
         shared, inline = table.flag("shared"), table.flag("inline")
-        return HostPathPool(name, directory, shared, inline) if directory else None
-    table.only("server", "path", "options", "inline")
+        budget = _budget(table)
+        return HostPathPool(name, directory, shared, inline, budget) if directory else None
+    table.only("server", "path", "options", "inline", *_BUDGET)
     server = table.text("server", parse_server, "a host name, an IPv4 address or an [IPv6] address", required=True)
     path = table.text("path", parse_server_path, "an absolute path on the server", required=True)
     options, inline = table.texts("options", parse_mount_option), table.flag("inline")
-    return NfsPool(name, server, path, options, inline) if server and path else None
+    budget = _budget(table)
+    return NfsPool(name, server, path, options, inline, budget) if server and path else None
+
+
+def _budget(table: _Table) -> Budget:
+    size = table.amount("size", parse_quantity, 1, 'must be a whole Kubernetes quantity such as "500Gi", or bytes')
+    overcommit = table.factor("overcommit", 1, MAX_OVERCOMMIT)
+    reserve = table.amount("reserve", _reserve, 0, _RESERVE)
+    share, kept = (reserve, 0) if isinstance(reserve, Fraction) else (Fraction(0), reserve or 0)
+    return Budget(size, overcommit or Fraction(1), kept, share)
+
+
+_RESERVE = (
+    'must be a whole Kubernetes quantity such as "5Gi", bytes, or a share of the filesystem from "0%" to less than "100%"'
+)
+
+
+def _reserve(text: str) -> int | Fraction:
+    share = parse_percent(text)
+    if share is not None:
+        return share
+    try:
+        return parse_quantity(text)
+    except ConfigError:
+        raise ConfigError(_RESERVE) from None
 
 
 def _refuse_overlaps(pools: _Table, parsed: list[Pool]) -> None:

@@ -2,15 +2,33 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
 from csi_driver.config.values import ConfigError, parse_directory, parse_endpoint, parse_metrics_address, parse_node_id, shown
 
 Backend = Literal["hostpath", "nfs"]
-Role = Literal["controller", "node", "all"]
+Role = Literal["controller", "node", "all", "expansion"]
 LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of a pool may be promised to volumes.
+
+    `size_bytes` None is what its filesystem has, but for the reserve: `reserve_bytes`, or the share `reserve_share` of the filesystem.
+    """
+
+    size_bytes: int | None = None
+    overcommit: Fraction = Fraction(1)
+    reserve_bytes: int = 0
+    reserve_share: Fraction = Fraction(0)
+
+    def reserve_of(self, total_bytes: int) -> int:
+        """Return the bytes of a filesystem with `total_bytes` that stay free."""
+        return self.reserve_bytes + int(self.reserve_share * total_bytes)
 
 
 @dataclass(frozen=True)
@@ -21,6 +39,7 @@ class HostPathPool:
     path: Path
     shared: bool = False
     inline: bool = False  # whether pod authors may name this pool in inline volumes
+    budget: Budget = Budget()
 
 
 @dataclass(frozen=True)
@@ -32,6 +51,7 @@ class NfsPool:
     path: Path
     options: tuple[str, ...] = ()
     inline: bool = False
+    budget: Budget = Budget()
 
 
 Pool = HostPathPool | NfsPool
@@ -57,6 +77,7 @@ class ServeOptions:
     endpoint: str
     node_id: str
     kubelet_dir: Path
+    kubelet_registration_path: Path | None
     metrics_address: str | None
     log_format: LogFormat
     log_level: LogLevel
@@ -68,6 +89,8 @@ class ServeOptions:
             ("node-id", self.node_id, parse_node_id),
             ("kubelet-dir", str(self.kubelet_dir), parse_directory),
         ]
+        if self.kubelet_registration_path is not None:
+            checks.append(("kubelet-registration-path", str(self.kubelet_registration_path), self._registration))
         if self.metrics_address is not None:
             checks.append(("metrics-address", self.metrics_address, parse_metrics_address))
         problems = []
@@ -80,3 +103,10 @@ class ServeOptions:
         if problems:
             raise ConfigError(*problems)
         return replace(self, kubelet_dir=parse_directory(str(self.kubelet_dir)))
+
+    def _registration(self, text: str) -> Path:
+        if self.role not in ("node", "all"):
+            raise ConfigError(
+                f"the kubelet takes the node service, and --role {self.role} has none: leave it out, or use node or all"
+            )
+        return parse_endpoint(text)

@@ -7,10 +7,12 @@ import ipaddress
 import json
 import os
 import re
+from fractions import Fraction
 from pathlib import Path
 
 MAX_SOCKET_PATH_BYTES = 107  # sun_path of unix(7) is 108 bytes with its NUL
 MAX_NODE_ID_BYTES = 256
+MAX_BYTES = 2**63 - 1  # sizes are int64 in CSI
 
 _LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 _DRIVER_NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*")
@@ -18,6 +20,11 @@ _POOL_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,30}[a-z0-9])?")
 _HOST_NAME = re.compile(rf"(?i:{_LABEL}(\.{_LABEL})*)")
 _INTERFACE = re.compile(r"[A-Za-z0-9][-A-Za-z0-9_.]{0,14}")
 _MOUNT_OPTION = re.compile(r"""(?!-)((?![,"'`\\])[!-~])+""")
+_QUANTITY = re.compile(r"([1-9][0-9]{0,18})(|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)", re.ASCII)
+_FACTORS = {unit: 1000**power for power, unit in enumerate(("", "k", "M", "G", "T", "P", "E"))} | {
+    unit: 1024**power for power, unit in enumerate(("Ki", "Mi", "Gi", "Ti", "Pi", "Ei"), start=1)
+}
+_PERCENT = re.compile(r"([0-9]{1,2}(?:\.[0-9]{1,6})?)%", re.ASCII)
 _NODE_ID = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,251}[A-Za-z0-9])?")
 
 
@@ -138,6 +145,21 @@ def parse_pool_name(text: str) -> str:
     if not _POOL_NAME.fullmatch(text):
         raise ConfigError("a pool's name is 1 to 32 of a-z, 0-9 and '-', beginning and ending with a letter or digit")
     return text
+
+
+def parse_quantity(text: str) -> int:
+    """Return the bytes of a whole Kubernetes quantity (resource.Quantity), such as `500Gi`, `2T` or `1048576`: 1 to 2**63 - 1."""
+    match = _QUANTITY.fullmatch(text)
+    size = int(match[1]) * _FACTORS[match[2]] if match else 0
+    if not 0 < size <= MAX_BYTES:
+        raise ConfigError("a whole Kubernetes quantity such as `100Mi` or `1Gi`")
+    return size
+
+
+def parse_percent(text: str) -> Fraction | None:
+    """Return the share that `5%` or `2.5%` names, from 0 to less than 1; None for what is no percentage."""
+    match = _PERCENT.fullmatch(text)
+    return Fraction(match[1]) / 100 if match else None
 
 
 def _is_host_name(text: str) -> bool:

@@ -2,6 +2,10 @@
 
 A carrier knows two open directories and a name, and nothing of the walk. It belongs to one thread; what the threads of one copy have
 in common is `Shared`.
+
+Where each step may be a round trip to a server (`Shared.over_network`), two are saved per small file: it is opened by its name,
+not pinned first, where opening can start no device; and its copy is made without O_EXCL, which NFS pays for with a SETATTR of its
+own. Nothing is given up for it: a descriptor tells what was opened, and an empty file with one name is as good as a new one.
 """
 
 import errno
@@ -10,17 +14,19 @@ import stat
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from csi_driver.linux import beneath
 from csi_driver.linux.contents import ContentLadder, Method
-from csi_driver.linux.fidelity import InodeFidelity
+from csi_driver.linux.fidelity import Births, InodeFidelity
 from csi_driver.linux.hard_links import HardLinks, Place
 from csi_driver.linux.inode_flags import HOLDING
 from csi_driver.linux.system_calls import magic_link
 
+_REGULAR = 8  # DT_REG
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+_NEW_OR_EMPTY_FILE = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
 _LINK_REFUSED = frozenset({errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.ENOSYS})
 _NODE_REFUSED = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 
@@ -35,13 +41,19 @@ class Counts(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What all carriers of one copy share. `links` is used under `links_guard`."""
+    """What all carriers of one copy share. `links` is used under `links_guard`.
+
+    `over_network`: spare round trips. No two carriers may be given the same name of one directory at the same time then.
+    `openable`: a source may be opened by its name, for devices are never started there (a mount with nodev, mount(8)).
+    """
 
     progress: Counts
     links: HardLinks
     links_guard: threading.Lock
     methods: tuple[Method, ...]
     should_stop: Callable[[], bool]
+    over_network: bool = False
+    openable: bool = False
 
 
 @dataclass(slots=True)
@@ -52,6 +64,7 @@ class Folder:
     target: int
     status: os.stat_result
     place: Place
+    births: Births = field(default_factory=Births)
 
 
 class Carrier:
@@ -79,38 +92,23 @@ class Carrier:
         finally:
             os.close(opened)
 
-    def carry(self, folder: Folder, name: bytes, *, enter: bool) -> Folder | None:
-        """Copy one entry; of a directory, where it may be entered, only open both ends and return them. Raises OSError, WalkStopped."""
+    def carry(self, folder: Folder, name: bytes, kind: int, *, enter: bool) -> Folder | None:
+        """Copy one entry (`kind`: its DT_…); of a directory, where it may be entered, only open both ends and return them.
+
+        Raises OSError, WalkStopped.
+        """
         try:
-            pinned = beneath.pin(folder.source, name)
-        except OSError as error:
-            if error.errno in beneath.GONE:
-                self.not_carried["vanished"] += 1
-            elif error.errno == errno.EXDEV:
-                self.not_carried["mount point"] += 1
-            else:
-                raise
-            return None
-        try:
-            status = os.fstat(pinned)
-            if stat.S_ISDIR(status.st_mode):
-                if enter:
-                    return self._directory(pinned, folder, name, status)
-                self.not_carried["vanished"] += 1  # it was a file when the directory was read
-            elif status.st_nlink == 1:
-                self._single(pinned, folder, name, status)
-            else:
-                self._linked(pinned, folder, name, status)
+            if kind == _REGULAR and self._shared.openable and self._by_name(folder, name):
+                return None
+            return self._pinned(folder, name, enter=enter)
         except FileExistsError:
             # A directory that changes while it is read may yield one name twice: what it was the first time is copied.
-            pass
+            return None
         except OSError as error:
-            if error.errno != errno.ESTALE:  # NFS: removed by another client since it was pinned
+            if error.errno != errno.ESTALE:  # NFS: removed by another client since it was looked at
                 raise
             self.not_carried["vanished"] += 1
-        finally:
-            os.close(pinned)
-        return None
+            return None
 
     def finish(self, folder: Folder) -> None:
         """Give a directory, whose content is complete, what belongs to itself."""
@@ -133,12 +131,58 @@ class Carrier:
             raise
         return Folder(source, target, status, Place(name, folder.place))
 
+    def _by_name(self, folder: Folder, name: bytes) -> bool:
+        """Copy a regular file with one name; False, and nothing done, where it is something else or will not be opened."""
+        try:
+            source = beneath.open_file(folder.source, name)
+        except OSError:  # pinning it will tell what it is
+            return False
+        try:
+            status = os.fstat(source)
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+                return False
+            self._shared.progress.add_file()
+            self._file(source, folder, name, status)
+        finally:
+            os.close(source)
+        return True
+
+    def _pinned(self, folder: Folder, name: bytes, *, enter: bool) -> Folder | None:
+        """Copy an entry of which nothing is known: what is held with O_PATH is looked at, and then opened if it may be."""
+        try:
+            pinned = beneath.pin(folder.source, name)
+        except OSError as error:
+            if error.errno in beneath.GONE:
+                self.not_carried["vanished"] += 1
+            elif error.errno == errno.EXDEV:
+                self.not_carried["mount point"] += 1
+            else:
+                raise
+            return None
+        try:
+            status = os.fstat(pinned)
+            if stat.S_ISDIR(status.st_mode):
+                if enter:
+                    return self._directory(pinned, folder, name, status)
+                self.not_carried["vanished"] += 1  # it was a file when the directory was read
+            elif status.st_nlink == 1:
+                self._single(pinned, folder, name, status)
+            else:
+                self._linked(pinned, folder, name, status)
+        finally:
+            os.close(pinned)
+        return None
+
     def _single(self, pinned: int, folder: Folder, name: bytes, status: os.stat_result) -> None:
         self._shared.progress.add_file()
-        if stat.S_ISREG(status.st_mode):
-            self._file(pinned, folder, name, status)
-        else:
+        if not stat.S_ISREG(status.st_mode):
             self._node(pinned, folder, name, status)
+            return
+        source = beneath.open_pinned(pinned, os.O_RDONLY, self._shared.should_stop)
+        try:
+            self._file(source, folder, name, status)
+        finally:
+            os.close(source)
 
     def _linked(self, pinned: int, folder: Folder, name: bytes, status: os.stat_result) -> None:
         """Link the name to the copy of the same inode, or make this the first one."""
@@ -156,23 +200,36 @@ class Carrier:
                 return
         self._shared.progress.add_file()
 
-    def _file(self, pinned: int, folder: Folder, name: bytes, status: os.stat_result) -> None:
-        source = beneath.open_pinned(pinned, os.O_RDONLY, self._shared.should_stop)
+    def _file(self, source: int, folder: Folder, name: bytes, status: os.stat_result) -> None:
+        target, made = self._new_file(folder, name, status.st_mode & 0o777)
         try:
-            target = os.open(name, _NEW_FILE, status.st_mode & 0o777, dir_fd=folder.target)
-            try:
-                flags = self._fidelity.read_flags(source)
-                self._fidelity.set_flags(target, flags, before_content=True)
-                self._ladder.carry(source, target, status.st_size, status.st_blocks * 512, self._shared.progress.add_bytes)
-                self._fidelity.carry(source, target, status, folder.place)
-                if status.st_nlink > 1 and flags & HOLDING:
-                    self._shared.links.hold(folder.place, name, flags & HOLDING)  # no link can be made to it once they are set
-                    flags &= ~HOLDING
-                self._fidelity.set_flags(target, flags, before_content=False)
-            finally:
-                os.close(target)
+            flags = self._fidelity.read_flags(source)
+            self._fidelity.set_flags(target, flags, before_content=True)
+            self._ladder.carry(source, target, status.st_size, status.st_blocks * 512, self._shared.progress.add_bytes)
+            self._fidelity.carry_to_new_file(source, target, status, made, folder.births)
+            if status.st_nlink > 1 and flags & HOLDING:
+                self._shared.links.hold(folder.place, name, flags & HOLDING)  # no link can be made to it once they are set
+                flags &= ~HOLDING
+            self._fidelity.set_flags(target, flags, before_content=False)
         finally:
-            os.close(source)
+            os.close(target)
+
+    def _new_file(self, folder: Folder, name: bytes, mode: int) -> tuple[int, os.stat_result | None]:
+        """Make a file and open it for writing; also what it was made as, where that had to be asked anyway.
+
+        Raises OSError, EEXIST where the name is taken.
+        """
+        if not self._shared.over_network:
+            return os.open(name, _NEW_FILE, mode, dir_fd=folder.target), None
+        try:
+            target = os.open(name, _NEW_OR_EMPTY_FILE, mode, dir_fd=folder.target)
+        except OSError:  # EISDIR, ELOOP, ENXIO: the name is taken, and this way says so by its right name
+            return os.open(name, _NEW_FILE, mode, dir_fd=folder.target), None
+        made = os.fstat(target)
+        if not stat.S_ISREG(made.st_mode) or made.st_nlink != 1 or made.st_size:
+            os.close(target)
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)
+        return target, made
 
     def _node(self, pinned: int, folder: Folder, name: bytes, status: os.stat_result) -> None:
         """Copy a symlink, fifo, socket or device: never opened, on either side."""

@@ -13,7 +13,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from csi_driver.linux import beneath
@@ -104,7 +104,14 @@ class _Copy:
 
     def run(self, source_fd: int, target_fd: int) -> CopyReport:
         links = HardLinks(target_fd)
-        shared = Shared(self._progress, links, threading.Lock(), self._methods, self._should_stop)
+        shared = Shared(
+            self._progress,
+            links,
+            threading.Lock(),
+            self._methods,
+            self._should_stop,
+            openable=beneath.starts_no_device(source_fd),
+        )
         carrier = self._carrier(shared)
         with Walk(source_fd) as source, Walk(target_fd) as target:
             if next(target.entries(), None) is not None:
@@ -114,7 +121,7 @@ class _Copy:
             if self._workers == 1:
                 self._walk(source, target, top, carrier, None)
             else:
-                with Crew(self._workers, lambda: self._carrier(shared)) as crew:
+                with Crew(self._workers, lambda: self._carrier(replace(shared, over_network=True))) as crew:
                     self._walk(source, target, top, carrier, crew)
             for pinned, flags in links.held():
                 carrier.set_late_flags(pinned, flags)
@@ -135,9 +142,9 @@ class _Copy:
                 if self._should_stop():
                     raise WalkStopped("the copy was stopped")
                 if crew is not None and kind not in _MAY_BE_DIRECTORY:
-                    crew.carry(folder, name)
+                    crew.carry(folder, name, kind)
                     continue
-                inside = carrier.carry(folder, name, enter=True)
+                inside = carrier.carry(folder, name, kind, enter=True)
                 if inside is not None:
                     source.enter(name, inside.source)
                     target.enter(name, inside.target)

@@ -10,7 +10,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from csi_driver.linux.carriers import Carrier, Folder
@@ -23,7 +23,7 @@ class _Open:
     """A directory with entries that wait or are being carried; it has descriptors of its own, for the walk closes its own."""
 
     folder: Folder
-    pending: int = 0
+    under_way: set[bytes] = field(default_factory=set)
     left: bool = False
 
 
@@ -32,7 +32,7 @@ class Crew:
 
     def __init__(self, workers: int, new_carrier: Callable[[], Carrier]) -> None:
         """Start the threads; each gets a carrier of its own. They inherit the priority of this thread."""
-        self._waiting: queue.Queue[tuple[_Open, bytes] | None] = queue.Queue(workers * _WAITING_PER_WORKER)
+        self._waiting: queue.Queue[tuple[_Open, bytes, int] | None] = queue.Queue(workers * _WAITING_PER_WORKER)
         self._guard = threading.Lock()
         self._open: dict[int, _Open] = {}
         self._error: BaseException | None = None
@@ -41,7 +41,7 @@ class Crew:
             for number in range(workers)
         ]
 
-    def carry(self, folder: Folder, name: bytes) -> None:
+    def carry(self, folder: Folder, name: bytes, kind: int) -> None:
         """Have an entry carried that is no directory. Raises what a worker has met meanwhile."""
         if self._error is not None:
             raise self._error
@@ -50,8 +50,10 @@ class Crew:
             own = Folder(os.dup(folder.source), os.dup(folder.target), folder.status, folder.place)
             opened = self._open[id(folder)] = _Open(own)
         with self._guard:
-            opened.pending += 1
-        self._waiting.put((opened, name))
+            if name in opened.under_way:  # a directory that changes while it is read may yield a name twice
+                return
+            opened.under_way.add(name)
+        self._waiting.put((opened, name, kind))
 
     def finish(self, folder: Folder, carrier: Carrier) -> None:
         """Have a directory finished, whose entries have all been given: now with `carrier`, or by who carries the last of them."""
@@ -61,7 +63,7 @@ class Crew:
             return
         with self._guard:
             opened.left = True
-            idle = opened.pending == 0
+            idle = not opened.under_way
         if idle:
             self._close(opened, carrier)
 
@@ -91,15 +93,15 @@ class Crew:
 
     def _work(self, carrier: Carrier) -> None:
         while (item := self._waiting.get()) is not None:
-            opened, name = item
+            opened, name, kind = item
             try:
                 if self._error is None:
-                    carrier.carry(opened.folder, name, enter=False)
+                    carrier.carry(opened.folder, name, kind, enter=False)
             except BaseException as error:  # noqa: BLE001 - raised by the thread that walks
                 self._error = self._error or error
             with self._guard:
-                opened.pending -= 1
-                last = opened.left and opened.pending == 0
+                opened.under_way.discard(name)
+                last = opened.left and not opened.under_way
             if last:
                 self._close(opened, carrier)
 

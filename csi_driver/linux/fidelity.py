@@ -11,6 +11,7 @@ import errno
 import os
 import stat
 from collections import Counter
+from dataclasses import dataclass, field
 
 from csi_driver.linux import inode_flags
 
@@ -25,6 +26,24 @@ _FLAGS_AFTER_ALL = inode_flags.SYNC | inode_flags.NODUMP | inode_flags.NOATIME |
 CARRIED_FLAGS = _FLAGS_BEFORE_CONTENT | _FLAGS_AFTER_ALL
 
 
+Birth = tuple[int, int, int]
+"""The mode, owner and group that a new file was to get."""
+
+
+@dataclass(slots=True)
+class Births:
+    """What was seen of new files in one directory of the copy: the next one of the same kind is not asked again.
+
+    What a new file gets (set-group-ID directories, default ACLs, squashed owners) follows from its directory and from what it is made
+    as. For several threads: whoever comes too early asks once more.
+    """
+
+    right: set[Birth] = field(default_factory=set)
+    """Which come out with the owner and mode that they shall have."""
+    acls: dict[Birth, bytes] = field(default_factory=dict)
+    """The NFSv4 ACL that they have then."""
+
+
 class InodeFidelity:
     """Carries metadata from inode to inode in one copy, and counts what could not be carried (`not_carried`, by kind).
 
@@ -36,8 +55,6 @@ class InodeFidelity:
         self._not_carried = not_carried
         self._source_has_attributes = True
         self._source_has_flags = True
-        self._folder: object = None
-        self._made_right: set[tuple[int, int, int]] = set()
 
     def prepare_top(self, target: int) -> None:
         """Take inherited ACLs off the top of the copy, or all that is made in it would inherit them, too."""
@@ -70,35 +87,25 @@ class InodeFidelity:
         except OSError as error:
             self._refused(error, "inode flags", inode_flags.NO_FLAGS_HERE | _REFUSED)
 
-    def carry(self, source: int | bytes, target: int | bytes, status: os.stat_result, folder: object = None) -> None:
-        """Give the target the owner, mode, ACLs, attributes and times of the source; `status` is the source's, read before.
+    def carry(self, source: int | bytes, target: int | bytes, status: os.stat_result) -> None:
+        """Give the target the owner, mode, ACLs, attributes and times of the source; `status` is the source's, read before."""
+        self._carry_owner_and_mode(target, status, os.stat(target))  # noqa: PTH116 - a descriptor or its link, no path
+        self._carry_attributes(source, target, {}, (0, 0, 0))
+        self._carry_times(target, status)
 
-        `folder` stands for the directory in which a regular file was just made with the source's mode: what came out right there
-        once, comes out right again, and is not looked at.
-        """
-        if folder is None:
-            self._carry_owner_and_mode(target, status)
-        else:
-            self._carry_to_new_file(target, status, folder)
-        if self._source_has_attributes:
-            self._carry_attributes(source, target)
-        try:
-            os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
-        except OSError as error:
-            self._refused(error, "times")
+    def carry_to_new_file(
+        self, source: int, target: int, status: os.stat_result, made: os.stat_result | None, births: Births
+    ) -> None:
+        """Do the same for a regular file that was just made with the source's mode: as `made` says, or nobody has looked."""
+        birth = status.st_mode, status.st_uid, status.st_gid
+        if birth not in births.right and self._carry_owner_and_mode(target, status, made or os.fstat(target)):
+            births.right.add(birth)
+        self._carry_attributes(source, target, births.acls, birth)
+        self._carry_times(target, status)
 
-    def _carry_to_new_file(self, target: int | bytes, status: os.stat_result, folder: object) -> None:
-        if folder is not self._folder:
-            self._folder = folder
-            self._made_right.clear()
-        wanted = status.st_mode, status.st_uid, status.st_gid
-        if wanted not in self._made_right and self._carry_owner_and_mode(target, status):
-            self._made_right.add(wanted)
-
-    def _carry_owner_and_mode(self, target: int | bytes, status: os.stat_result) -> bool:
+    def _carry_owner_and_mode(self, target: int | bytes, status: os.stat_result, made: os.stat_result) -> bool:
         """Return whether they were right already."""
-        # A look costs less than a change: a local change is a transaction, and over NFS a round trip where the look is none.
-        made = os.stat(target)  # noqa: PTH116 - likewise
+        # To look first costs less than a change: a local change is a transaction, and over NFS a round trip where the look is none.
         owner_is_right = (made.st_uid, made.st_gid) == (status.st_uid, status.st_gid)
         if not owner_is_right:
             try:
@@ -114,7 +121,15 @@ class InodeFidelity:
                 self._refused(error, "mode")
         return owner_is_right and mode_is_right
 
-    def _carry_attributes(self, source: int | bytes, target: int | bytes) -> None:
+    def _carry_times(self, target: int | bytes, status: os.stat_result) -> None:
+        try:
+            os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+        except OSError as error:
+            self._refused(error, "times")
+
+    def _carry_attributes(self, source: int | bytes, target: int | bytes, acls: dict[Birth, bytes], birth: Birth) -> None:
+        if not self._source_has_attributes:
+            return
         try:
             names = os.listxattr(source)
         except OSError as error:
@@ -124,9 +139,11 @@ class InodeFidelity:
             return
         for name in names:
             if name not in _ALIASES:
-                self._carry_attribute(source, target, name)
+                self._carry_attribute(source, target, name, acls, birth)
 
-    def _carry_attribute(self, source: int | bytes, target: int | bytes, name: str) -> None:
+    def _carry_attribute(
+        self, source: int | bytes, target: int | bytes, name: str, acls: dict[Birth, bytes], birth: Birth
+    ) -> None:
         try:
             value = os.getxattr(source, name)
         except OSError as error:
@@ -135,7 +152,9 @@ class InodeFidelity:
             return
         try:
             # An NFSv4 ACL is there for every file, mostly saying what the mode says already: reading is cheaper than writing.
-            if name != _NFS4_ACL or os.getxattr(target, name) != value:
+            if name == _NFS4_ACL and (birth not in acls or acls[birth] != value):
+                acls[birth] = os.getxattr(target, name)
+            if name != _NFS4_ACL or acls[birth] != value:
                 os.setxattr(target, name, value)
         except OSError as error:
             # ext4 answers ENOSPC to what does not fit its one attribute block, however empty the disk is.

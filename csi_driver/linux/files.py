@@ -12,11 +12,13 @@ import secrets
 import stat
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from csi_driver.linux.beneath import open_beneath
 from csi_driver.linux.system_calls import sync_filesystem
 
 __all__ = [
+    "OPEN",
     "create_exclusively",
     "make_directories_beneath",
     "move_into_place",
@@ -29,33 +31,41 @@ __all__ = [
 ]
 
 TEMPORARY_PREFIX = ".tmp."
+OPEN: AbstractContextManager[object] = contextlib.nullcontext()
+"""The gate that refuses nothing."""
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
-def write_atomically(directory_fd: int, name: str, data: bytes) -> None:
+def write_atomically(directory_fd: int, name: str, data: bytes, gate: AbstractContextManager[object] = OPEN) -> None:
     """Replace the content of `name` (mode 0600): after any crash the old content or the new, never a mixture.
 
-    It has reached the disk (or the server) when this returns. Raises OSError; nothing is left over then.
+    It has reached the disk (or the server) when this returns. Only the step that shows it to others is made within `gate`, which
+    may refuse it. Raises OSError, and what the gate raises; nothing is left over then.
     """
     temporary = _write_temporary(directory_fd, _single(name), data)
     try:
-        os.rename(temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
-    except OSError:
+        with gate:
+            os.rename(temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
+    except BaseException:
         _unlink_if_there(directory_fd, temporary)
         raise
     sync_directory(directory_fd)
 
 
-def create_exclusively(directory_fd: int, name: str, data: bytes, confirm: Callable[[bytes], bool]) -> None:
+def create_exclusively(
+    directory_fd: int, name: str, data: bytes, confirm: Callable[[bytes], bool], gate: AbstractContextManager[object] = OPEN
+) -> None:
     """Create `name` with `data` (mode 0600), durable and whole from its first moment, unless there is one.
 
     Raises FileExistsError when `name` exists and is not ours: neither made by this very call (its reply was lost) nor
-    recognised by `confirm`, which gets the existing content (at most 1 MiB; e.g. an earlier try's token). Raises OSError.
+    recognised by `confirm`, which gets the existing content (at most 1 MiB; e.g. an earlier try's token). Only the step that shows
+    it to others is made within `gate`, which may refuse it. Raises OSError, and what the gate raises.
     """
     temporary = _write_temporary(directory_fd, _single(name), data)
     try:
         try:
-            os.link(temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd, follow_symlinks=False)
+            with gate:
+                os.link(temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd, follow_symlinks=False)
         except FileExistsError:
             ours = os.stat(temporary, dir_fd=directory_fd, follow_symlinks=False)
             theirs = os.stat(name, dir_fd=directory_fd, follow_symlinks=False)

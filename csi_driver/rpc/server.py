@@ -16,9 +16,10 @@ from urllib.parse import quote
 import grpc
 
 from csi_driver.errors import FailedPrecondition
-from csi_driver.rpc import csi_pb2_grpc
+from csi_driver.rpc import csi_pb2, csi_pb2_grpc
 from csi_driver.rpc.calls import Calls
 from csi_driver.rpc.controller import Controller
+from csi_driver.rpc.expansion import ExpansionController
 from csi_driver.rpc.group_controller import GroupController
 from csi_driver.rpc.identity import Identity
 from csi_driver.rpc.lanes import LANES, Lane, Lanes
@@ -56,6 +57,8 @@ class CsiServer:
         lanes: Sequence[Lane] = LANES,
     ) -> None:
         self._socket_path = socket_path
+        # gRPC reads the address as a URI, so a `%` or a space in the path has to be quoted.
+        self._address = f"unix:{quote(os.fsencode(socket_path))}"
         places = Lanes(metrics, lanes, pools)
         self._calls = Calls(places, metrics)
         self._server = grpc.server(DaemonThreads(places.threads), interceptors=[self._calls], options=_OPTIONS)
@@ -71,14 +74,23 @@ class CsiServer:
         # Between a bind and a chmod anybody could connect. The umask is the whole process', so nothing else makes files by now.
         umask = os.umask(0o177)
         try:
-            # gRPC reads the address as a URI, so a `%` or a space in the path has to be quoted.
-            self._server.add_insecure_port(f"unix:{quote(os.fsencode(self._socket_path))}")
+            self._server.add_insecure_port(self._address)
         except RuntimeError as error:
             raise FailedPrecondition(f"cannot listen on {self._socket_path}: {error}") from error
         finally:
             os.umask(umask)
         self._server.start()
         _log.info("serving", extra={"socket": str(self._socket_path)})
+
+    def silence(self, seconds: float) -> str | None:
+        """Call Probe through the socket, as livenessprobe does: None where it is answered, whatever the answer, else why it is not."""
+        # A connection of its own each time: an old one would outlive a socket that somebody has removed.
+        with grpc.insecure_channel(self._address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+            try:
+                csi_pb2_grpc.IdentityStub(channel).Probe(csi_pb2.ProbeRequest(), timeout=seconds)
+            except grpc.RpcError as error:
+                return f"Probe is not answered: {error.code().name}: {error.details()}"
+        return None
 
     def stop(self, grace: float) -> bool:
         """Refuse new calls, give those that run `grace` seconds, cancel the rest. Returns whether all have ended.
@@ -99,6 +111,10 @@ class CsiServer:
                 services.volumes, services.attachments, services.snapshots, services.capacity, services.health
             )
             csi_pb2_grpc.add_ControllerServicer_to_server(controller, self._server)
+        if services.expansion:
+            # The stubs call every method abstract; at run time the generated base answers UNIMPLEMENTED.
+            expansions = ExpansionController(services.expansion)  # type: ignore[abstract]
+            csi_pb2_grpc.add_ControllerServicer_to_server(expansions, self._server)
         if services.groups:
             csi_pb2_grpc.add_GroupControllerServicer_to_server(GroupController(services.groups), self._server)
         if services.node:

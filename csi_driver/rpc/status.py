@@ -41,6 +41,7 @@ CODES: Mapping[type[BaseException], StatusCode] = {
     RecordDamaged: StatusCode.INTERNAL,
     CommandFailed: StatusCode.INTERNAL,  # it ended by itself and said no; being killed is UNAVAILABLE, see below
     CommandMissing: StatusCode.INTERNAL,
+    NotImplementedError: StatusCode.UNIMPLEMENTED,  # of the generated servicers: a call that this role does not serve
     TimeoutError: StatusCode.DEADLINE_EXCEEDED,  # without an errno: a wait of Python's own
 }
 

@@ -32,7 +32,7 @@ class BoundedRead(Generic[_T]):
     def __init__(self, name: str, read: Callable[[], _T], seconds: float) -> None:
         self._name = name
         self._read = read
-        self._seconds = seconds
+        self.seconds = seconds
         self._lock = threading.Lock()
         self._pending: Pending[_T] | None = None
 
@@ -40,7 +40,7 @@ class BoundedRead(Generic[_T]):
         """Ask, or join the question that is not answered yet. Its deadline counts from when it was asked: overdue ones don't wait."""
         with self._lock:
             if self._pending is None or self._pending.future.done():
-                self._pending = Pending(Future(), time.monotonic() + self._seconds)
+                self._pending = Pending(Future(), time.monotonic() + self.seconds)
                 self._start(self._pending.future)
             return self._pending
 

@@ -32,6 +32,7 @@ class PoolUsage:
     volumes: int | None = None
     snapshots: int | None = None
     trash: int | None = None
+    promised_bytes: int | None = None
 
 
 _POOL_HELP = {
@@ -41,6 +42,7 @@ _POOL_HELP = {
     "volumes": "Volumes in the pool.",
     "snapshots": "Snapshots in the pool.",
     "trash": "Deleted volumes and snapshots whose content is not removed yet.",
+    "promised_bytes": "Bytes that the pool has promised to volumes.",
 }
 
 

@@ -2,7 +2,7 @@
 
 Whoever reaches the port may ask, so it is bounded: a request has a few seconds, and when too many connections are open the oldest
 gives way, so that idle or slow clients can never keep the kubelet's probe out (a failed probe restarts the pod).
-Nothing here waits for a pool longer than its bound; `/healthz` waits for nothing.
+Nothing here waits longer than its bound: `/healthz` for the driver itself, `/readyz` for its pools.
 """
 
 import logging
@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 16
 REQUEST_SECONDS = 5.0
 READY_SECONDS = 0.8  # the kubelet's probes give up after 1 s by default
+ALIVE_SECONDS = 0.8  # likewise
 
 _PLAIN = "text/plain; charset=utf-8"
 
@@ -44,15 +45,21 @@ class MetricsEndpoint:
         self._thread.join()
 
 
-def serve_metrics(address: str, metrics: Metrics, ready: Callable[[], str | None] = lambda: None) -> MetricsEndpoint:
+def serve_metrics(
+    address: str,
+    metrics: Metrics,
+    ready: Callable[[], str | None] = lambda: None,
+    alive: Callable[[], str | None] = lambda: None,
+) -> MetricsEndpoint:
     """Serve on `address` (HOST:PORT, :PORT for every address) until `stop` is called.
 
-    `ready` returns None, or the reason why the driver is not ready; it is asked for at most READY_SECONDS.
+    `ready` returns None, or the reason why the driver is not ready; it is asked for at most READY_SECONDS. `alive` likewise, where
+    only a restart helps, for at most ALIVE_SECONDS.
     Raises ConfigError when the address is malformed or cannot be listened on.
     """
     host, port = parse_metrics_address(address)
     try:
-        server = _Server(host, port, metrics, ready)
+        server = _Server(host, port, metrics, ready, alive)
     except OSError as error:
         raise ConfigError(f"--metrics-address = {address}: cannot listen there: {error.strerror or error}") from error
     return MetricsEndpoint(server)
@@ -62,9 +69,12 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = MAX_CONNECTIONS
 
-    def __init__(self, host: str, port: int, metrics: Metrics, ready: Callable[[], str | None]) -> None:
+    def __init__(
+        self, host: str, port: int, metrics: Metrics, ready: Callable[[], str | None], alive: Callable[[], str | None]
+    ) -> None:
         self.metrics = metrics
         self.ready = BoundedRead("readiness", ready, READY_SECONDS)
+        self.alive = BoundedRead("liveness", alive, ALIVE_SECONDS)
         self._lock = threading.Lock()
         self._connections: dict[socket.socket, None] = {}  # in the order of their arrival
         self.address_family, bind_address = _resolve(host, port)
@@ -108,10 +118,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         if path == "/healthz":
-            self._reply(HTTPStatus.OK, b"ok\n", _PLAIN)
+            self._reply_check(self._reason("liveness", self.server.alive))
         elif path == "/readyz":
-            reason = self._unready()
-            self._reply(HTTPStatus.SERVICE_UNAVAILABLE if reason else HTTPStatus.OK, f"{reason or 'ok'}\n".encode(), _PLAIN)
+            self._reply_check(self._reason("readiness", self.server.ready))
         elif path == "/metrics":
             self._reply(*self._metrics())
         else:
@@ -124,14 +133,18 @@ class _Handler(BaseHTTPRequestHandler):
             log.exception("the metrics cannot be shown")
             return HTTPStatus.INTERNAL_SERVER_ERROR, b"the metrics cannot be shown; see the log\n", _PLAIN
 
-    def _unready(self) -> str | None:
+    def _reply_check(self, reason: str | None) -> None:
+        self._reply(HTTPStatus.SERVICE_UNAVAILABLE if reason else HTTPStatus.OK, f"{reason or 'ok'}\n".encode(), _PLAIN)
+
+    @staticmethod
+    def _reason(name: str, check: BoundedRead[str | None]) -> str | None:
         try:
-            return self.server.ready.begin().result()
+            return check.begin().result()
         except TimeoutError:
-            return f"the readiness check has not answered within {READY_SECONDS} seconds"
+            return f"the {name} check has not answered within {check.seconds} seconds"
         except Exception:
-            log.exception("the readiness check failed")
-            return "the readiness check failed; see the log"
+            log.exception("the %s check failed", name)
+            return f"the {name} check failed; see the log"
 
     def _reply(self, status: HTTPStatus, body: bytes, content_type: str) -> None:
         self.send_response(status)

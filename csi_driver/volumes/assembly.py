@@ -16,6 +16,7 @@ from csi_driver.volumes.attachments import Attachments
 from csi_driver.volumes.capacity import PoolCapacity
 from csi_driver.volumes.captures import Captures
 from csi_driver.volumes.contents import Contents
+from csi_driver.volumes.expansion import NodeExpansion
 from csi_driver.volumes.groups import Groups
 from csi_driver.volumes.health import Health
 from csi_driver.volumes.image_staging import ImageStaging, boot_id
@@ -30,6 +31,7 @@ from csi_driver.volumes.node_volumes import NodeVolumes
 from csi_driver.volumes.nodes import Nodes
 from csi_driver.volumes.placement import Placements
 from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.promises import Promises
 from csi_driver.volumes.provisioner import Provisioner
 from csi_driver.volumes.publisher import Publisher
 from csi_driver.volumes.removal import SnapshotRemoval, VolumeRemoval
@@ -62,6 +64,8 @@ class Installation:
     max_volumes_per_node: int = 0
     controller: bool = True
     node: bool = True
+    expansion: Sequence[str] = ()
+    """Names of other nodes' pools, whose expansions are passed on to the nodes. Then nothing else is served, and nothing kept."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Domain:
     sweeper: Sweeper
     state: NodeState
     verifier: Verifier
+    promises: Promises
 
     def prepare(self) -> None:
         """Make the pools ready to be served.
@@ -82,6 +87,8 @@ class Domain:
         A pool behind a server is another matter: whatever is wrong with it, the others are served, and it is tried again when it is
         asked for. A node alone leaves it be: it mounts volumes, not pools.
         """
+        if self.services.expansion is not None:
+            return
         self.state.prepare()
         known = self.state.identities()
         found = {store.name: store.prepare(known.get(store.name)) for store in self.pools if not store.backend.remote}
@@ -125,13 +132,14 @@ def assemble(installation: Installation) -> Domain:
     }
     pools = Pools(stores, installation.default_pool)
     locks, jobs = KeyedLocks(), Jobs()
+    promises = Promises(locks)
     contents, sources = Contents(locks, Captures(Turns())), Sources(pools, locks)
     volume_removal, snapshot_removal = VolumeRemoval(locks, contents), SnapshotRemoval(locks)
     verifier = Verifier(locks, contents, sources)
-    provisioner = Provisioner(pools, locks, jobs, contents, sources, volume_removal, verifier)
+    provisioner = Provisioner(pools, locks, jobs, contents, sources, volume_removal, verifier, promises)
     snapshots = Snapshots(pools, locks, jobs, contents, sources, snapshot_removal, verifier)
     groups = Groups(pools, locks, jobs, snapshots, sources, snapshot_removal)
-    health = Health(pools)
+    health = Health(pools, promises)
     state = NodeState(installation.state_directory, installation.driver)
     placements = Placements(pools, installation.node_id)
     images = ImageStaging(pools, state, jobs, installation.node_id, boot_id())
@@ -151,10 +159,13 @@ def assemble(installation: Installation) -> Domain:
         attachments=Attachments(pools, locks, nodes, installation.max_volumes_per_node) if controller else None,
         snapshots=snapshots if controller else None,
         groups=groups if controller else None,
-        capacity=PoolCapacity(pools) if controller else None,
-        node=Node(info, pools, node_volumes, stager, publisher, UsageCounter(jobs), health) if installation.node else None,
+        capacity=PoolCapacity(pools, promises) if controller else None,
+        node=Node(info, pools, node_volumes, stager, publisher, UsageCounter(jobs), health, provisioner)
+        if installation.node
+        else None,
+        expansion=NodeExpansion(installation.expansion) if installation.expansion else None,
     )
     # A node alone does not sweep what lies behind a server: there the controller does.
     swept = {name: store for name, store in stores.items() if controller or not store.backend.remote}
     sweeper = Sweeper(Pools(swept, None), locks, volume_removal, snapshot_removal, groups, trash_filled)
-    return Domain(services, pools, jobs, sweeper, state, verifier)
+    return Domain(services, pools, jobs, sweeper, state, verifier, promises)

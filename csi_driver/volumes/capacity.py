@@ -1,21 +1,23 @@
-"""Capacity: what a pool can still keep."""
+"""Capacity: what a pool can still promise, and keep. It is what CreateVolume goes by, too (promises.py)."""
 
 from collections.abc import Sequence
 
 from csi_driver.errors import InvalidArgument
 from csi_driver.volumes import access
 from csi_driver.volumes.model import Capability, Capacity, ClassParameters, Topology
-from csi_driver.volumes.pools import Pools
+from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.promises import Promises
 
 
 class PoolCapacity:
     """The CapacityService (services.py)."""
 
-    def __init__(self, pools: Pools) -> None:
+    def __init__(self, pools: Pools, promises: Promises) -> None:
         self._pools = pools
+        self._promises = promises
 
     def available(self, parameters: ClassParameters, capabilities: Sequence[Capability], topology: Topology | None) -> Capacity:
-        """Return the room in the pool of a class; without one and without a default, the room of the pool that has most.
+        """Return what the pool of a class can promise; without one and without a default, what the roomiest pool can.
 
         Nothing where the pool cannot serve the capabilities or cannot be reached from `topology`. Raises InvalidArgument for an
         unknown pool, Unavailable where a pool cannot be measured: an unknown capacity is not 0.
@@ -28,14 +30,16 @@ class PoolCapacity:
             form = access.form_for(parameters.layout, capabilities)
         except InvalidArgument:
             return Capacity(0, 0)  # no volume can be so
-        rooms = [
-            store.space()
+        available = [
+            self._available(store)
             for store in stores
             if store.reachable_from((topology,) if topology else ())
             and not any(access.unsupported(capability, store.backend, form) for capability in capabilities)
         ]
-        usable = [room for room in rooms if not room.read_only]
-        return Capacity(
-            available_bytes=max((room.available_bytes for room in usable), default=0),
-            maximum_volume_bytes=max((room.total_bytes for room in usable), default=0),
-        )
+        # A volume lies in one pool, so what the roomiest can promise is the largest volume as well.
+        most = max(available, default=0)
+        return Capacity(available_bytes=most, maximum_volume_bytes=most)
+
+    def _available(self, store: PoolStore) -> int:
+        space = store.space()
+        return 0 if space.read_only else self._promises.room(store, space).available_bytes

@@ -7,6 +7,7 @@ from csi_driver.volumes.images import look_at_image
 from csi_driver.volumes.model import HealthEntry, HealthLevel, Layout, Page, Phase, VolumeHealth, VolumeRecord
 from csi_driver.volumes.paging import take_page
 from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.promises import Promises
 
 _FULL_PERCENT = 98
 
@@ -14,8 +15,9 @@ _FULL_PERCENT = 98
 class Health:
     """The HealthService (services.py)."""
 
-    def __init__(self, pools: Pools) -> None:
+    def __init__(self, pools: Pools, promises: Promises) -> None:
         self._pools = pools
+        self._promises = promises
 
     # --- volumes ------------------------------------------------------------------------------------------------------------------
 
@@ -60,7 +62,7 @@ class Health:
 
     def storage(self) -> Sequence[HealthEntry]:
         """Say what is wrong with the pools as this process reaches them."""
-        return [entry for store in self._pools for entry in pool_problems(store)]
+        return [entry for store in self._pools for entry in (*pool_problems(store), *promise_problems(self._promises, store))]
 
     def ready(self) -> str | None:
         """Return None where every pool can be served, else the first reason why not.
@@ -126,6 +128,26 @@ def pool_problems(store: PoolStore) -> list[HealthEntry]:
     if space.total_inodes and space.available_inodes * 100 < space.total_inodes * (100 - _FULL_PERCENT):
         message = f"pool {store.name} has {space.available_inodes} of {space.total_inodes} inodes left"
         problems.append(HealthEntry(HealthLevel.DEGRADED, "PoolOutOfInodes", message))
+    return problems
+
+
+def promise_problems(promises: Promises, store: PoolStore) -> list[HealthEntry]:
+    """Look at what a pool of this machine has promised."""
+    if store.backend.remote:
+        return []  # every node asks: all of them would list a server's records again and again
+    try:
+        room = promises.room(store)
+    except (TatamiError, OSError):
+        return []  # that it cannot be reached is said already
+    problems = []
+    if room.promised_bytes > room.most_bytes:
+        message = f"pool {store.name} has promised {room.promised_bytes} of {room.most_bytes} bytes: it makes no more volumes"
+        problems.append(HealthEntry(HealthLevel.DEGRADED, "PoolOverpromised", message))
+    if room.unknown_records:
+        message = (
+            f"pool {store.name}: {room.unknown_records} volume record(s) cannot be read; what they promised is not counted"
+        )
+        problems.append(HealthEntry(HealthLevel.DEGRADED, "PromisesUnknown", message))
     return problems
 
 

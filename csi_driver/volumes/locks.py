@@ -4,10 +4,13 @@ external-provisioner and external-snapshotter each elect their own leader, so tw
 once. Nobody waits: the second caller is told that the first is at work, and the sidecar comes back.
 
 A lock is shared by those who only read a volume's content (a capture) and exclusive for those who change it.
+
+What all calls of a pool need for a moment (promises.py) is queued for instead: there, being told to come back would meet everybody.
 """
 
 import hashlib
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -16,6 +19,7 @@ from csi_driver.errors import OperationPending
 from csi_driver.linux.byte_range_locks import HeldLock
 
 _EXCLUSIVE = -1
+_POLL_SECONDS = 0.004
 
 
 class LockedStore(Protocol):
@@ -33,6 +37,7 @@ class KeyedLocks:
     def __init__(self) -> None:
         self._guard = threading.Lock()
         self._holders: dict[tuple[str, str], int] = {}
+        self._turns: dict[tuple[str, str], threading.Lock] = {}
 
     @contextmanager
     def hold(self, store: LockedStore, key: str, *, shared: bool = False) -> Iterator[None]:
@@ -60,6 +65,29 @@ class KeyedLocks:
                     self._holders[place] = left
                 else:
                     del self._holders[place]
+
+    @contextmanager
+    def queue(self, store: LockedStore, key: str, seconds: float) -> Iterator[None]:
+        """Hold `key` in `store` until the context ends, after waiting at most `seconds` for others; for moments, not for work.
+
+        It is another lock than `hold` has for the same key, in this process; with other processes it is the same.
+        Raises OperationPending where they do not come to an end.
+        """
+        with self._guard:
+            turn = self._turns.setdefault((store.name, key), threading.Lock())
+        until = time.monotonic() + seconds
+        if not turn.acquire(timeout=seconds):
+            raise _pending(store, key)
+        try:
+            # The threads of this process wait in `turn`; whose turn it is asks the other processes: fcntl(2) cannot wait for a while.
+            while (held := store.try_hold(_offset(key), shared=False)) is None:
+                if time.monotonic() > until:
+                    raise _pending(store, key)
+                time.sleep(_POLL_SECONDS)
+            with held:
+                yield
+        finally:
+            turn.release()
 
 
 def _pending(store: LockedStore, key: str) -> OperationPending:

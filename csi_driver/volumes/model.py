@@ -344,12 +344,20 @@ class Usage:
     available: int | None
 
 
+class UsageSource(StrEnum):
+    """Where the numbers of a volume's usage come from."""
+
+    WALK = "walk"
+
+
 @dataclass(frozen=True)
 class VolumeStats:
-    """A volume's own usage; `inodes` counts files, directories and everything else once."""
+    """A volume's own usage; `inodes` counts files, directories and everything else once. It is as it was `age_seconds` ago."""
 
     bytes: Usage
     inodes: Usage
+    source: UsageSource = UsageSource.WALK
+    age_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

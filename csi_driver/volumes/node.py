@@ -1,5 +1,6 @@
 """The node as CSI sees it: who it is, and the calls about volumes that are mounted on it."""
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,8 +26,11 @@ from csi_driver.volumes.node_state import NodeVolumeRecord
 from csi_driver.volumes.node_volumes import NodeVolumes
 from csi_driver.volumes.pools import Pools, PoolStore
 from csi_driver.volumes.publisher import Publisher
+from csi_driver.volumes.services import VolumeService
 from csi_driver.volumes.stager import Stager
 from csi_driver.volumes.usage import UsageCounter
+
+_log = logging.getLogger(__name__)
 
 
 class Node:
@@ -36,19 +40,21 @@ class Node:
         self,
         info: NodeInfo,
         pools: Pools,
-        volumes: NodeVolumes,
+        here: NodeVolumes,
         stager: Stager,
         publisher: Publisher,
         usage: UsageCounter,
         health: Health,
+        volumes: VolumeService,
     ) -> None:
         self._info = info
         self._pools = pools
-        self._volumes = volumes
+        self._here = here
         self._stager = stager
         self._publisher = publisher
         self._usage = usage
         self._health = health
+        self._volumes = volumes
 
     def info(self) -> NodeInfo:
         return self._info
@@ -67,26 +73,35 @@ class Node:
 
     def stats(self, handle: str, volume_path: str, deadline: float) -> VolumeStats:
         """Return the usage of a volume that is mounted at `volume_path`. Raises NotFound, OperationPending while it is counted."""
-        known = self._volumes.find_mounted(handle, volume_path)
+        known = self._here.find_mounted(handle, volume_path)
         if known.form.layout is Layout.IMAGE:
-            return self._volumes.images.stats(known)
+            return self._here.images.stats(known)
         store, record = self._find(known)
         capacity = record.capacity_bytes if record else known.capacity_bytes
-        return self._usage.stats(store, known.directory, capacity, deadline, Path(os.path.normpath(volume_path)))
+        found = self._usage.stats(store, known.directory, capacity, deadline, Path(os.path.normpath(volume_path)))
+        # CSI has no field for it: whoever doubts a number finds here how it came about.
+        _log.debug(
+            "usage read", extra={"volume": handle, "source": found.source.value, "age_seconds": round(found.age_seconds, 1)}
+        )
+        return found
 
     def expand(self, handle: str, volume_path: str, capacity: CapacityRange) -> int:
-        """Return the size that the volume has: a directory needs nothing on the node, an image is grown there.
+        """Return the size that the volume has; one of a node-local pool is made larger here, where its record is, an image where it is used.
 
-        Raises NotFound, OutOfRange, and what ImageStaging.grow raises.
+        Raises NotFound, OutOfRange (also of what ControllerExpandVolume should have done), OperationPending, what ImageStaging.grow raises.
         """
-        known = self._volumes.find_mounted(handle, volume_path)
-        if known.form.layout is Layout.IMAGE:
-            return self._expand_image(handle, capacity)
+        known = self._here.find_mounted(handle, volume_path)
         store, record = self._find(known)
+        if known.form.layout is Layout.IMAGE:
+            if store.backend.node_local:
+                self._volumes.expand(handle, capacity, None)
+            return self._expand_image(handle, capacity)
         if store.backend.remote and known.capacity_bytes is not None:
             # The controller has made it larger; this node knows its size from when it was staged.
-            self._volumes.grown(handle, capacity.required_bytes)
+            self._here.grown(handle, capacity.required_bytes)
             return max(known.capacity_bytes, capacity.required_bytes)
+        if record is not None and store.backend.node_local and not known.ephemeral:
+            return self._volumes.expand(handle, capacity, None)
         size = record.capacity_bytes if record else capacity.required_bytes
         if size < capacity.required_bytes or (capacity.limit_bytes and size > capacity.limit_bytes):
             raise OutOfRange(
@@ -95,12 +110,12 @@ class Node:
         return size
 
     def _expand_image(self, handle: str, capacity: CapacityRange) -> int:
-        with self._volumes.lock(handle):
-            known = self._volumes.state.get(handle)
+        with self._here.lock(handle):
+            known = self._here.state.get(handle)
             if known is None:
                 raise NotFound(f"volume {quoted(handle)} is not on this node")
-            size = self._volumes.images.grow(known)
-        self._volumes.grown(handle, size)
+            size = self._here.images.grow(known)
+        self._here.grown(handle, size)
         if size < capacity.required_bytes or (capacity.limit_bytes and size > capacity.limit_bytes):
             raise OutOfRange(
                 f"volume {quoted(handle)} has {size} bytes; ControllerExpandVolume has to make it {capacity.required_bytes} first"
@@ -109,7 +124,7 @@ class Node:
 
     def health(self, handle: str, publish_path: str, staging_path: str) -> VolumeHealth:
         """Say what is wrong with a volume on this node. Raises NotFound."""
-        known = self._volumes.state.get(handle)
+        known = self._here.state.get(handle)
         entries: Sequence[HealthEntry] = ()
         store = self._pools.find(known.pool) if known is not None else None
         if known is not None and store is not None and store.backend.remote:

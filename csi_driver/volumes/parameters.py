@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TypeVar
 
+from csi_driver.config.values import ConfigError, parse_quantity
 from csi_driver.errors import InvalidArgument, quoted
 from csi_driver.volumes.model import ClassParameters, Layout, OnDelete, Ownership
 
@@ -24,11 +25,6 @@ _MAX_DEPTH = 8
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 _COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _POOL = re.compile(r"[a-z0-9](?:[-a-z0-9]{0,30}[a-z0-9])?")
-_QUANTITY = re.compile(r"([1-9][0-9]{0,18})(|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)")
-_FACTORS = {unit: 1000**power for power, unit in enumerate(("", "k", "M", "G", "T", "P", "E"))} | {
-    unit: 1024**power for power, unit in enumerate(("Ki", "Mi", "Gi", "Ti", "Pi", "Ei"), start=1)
-}
-_MAX_BYTES = 2**63 - 1
 RESERVED_DIRECTORIES = frozenset({"archived", "lost+found"})
 """First components that a directory template may not take: the archive of deleted volumes, and the filesystem's own."""
 
@@ -203,11 +199,10 @@ def _mode(field: str, value: str) -> int:
 
 
 def _quantity(field: str, value: str) -> int:
-    match = _QUANTITY.fullmatch(value)
-    size = int(match[1]) * _FACTORS[match[2]] if match else 0
-    if not 0 < size <= _MAX_BYTES:
-        raise InvalidArgument.field(field, value, "a whole Kubernetes quantity such as `100Mi` or `1Gi`")
-    return size
+    try:
+        return parse_quantity(value)
+    except ConfigError as error:
+        raise InvalidArgument.field(field, value, str(error)) from None
 
 
 def _relative_directory(field: str, value: str) -> str:

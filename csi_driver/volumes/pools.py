@@ -4,6 +4,7 @@
   .csi/                 0700, root only, outside whatever tenants can mount
     format.json         which pool this is, and in which format
     lock                one byte for each key that somebody holds
+    promises            the mark of whoever raised promises last (promises.py)
     volumes/ snapshots/ groups/         records
     retained/ archived/                 records that no longer answer to a name
     snapshots-data/<id>/                the content of snapshots
@@ -367,6 +368,11 @@ def _opened(path: str) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def archived_place(directory: str, token: str) -> str:
+    """Say where the data of an archived volume lies, by its directory and its record's token."""
+    return f"{ARCHIVE_DIRECTORY}/{directory.rpartition('/')[2]}.{token}"
 
 
 def exists_at(parent: int, name: str) -> bool:

@@ -12,7 +12,6 @@ from csi_driver.errors import (
     AlreadyExists,
     InvalidArgument,
     NotFound,
-    OutOfRange,
     RecordDamaged,
     ResourceExhausted,
     quoted,
@@ -20,11 +19,10 @@ from csi_driver.errors import (
 from csi_driver.volumes import access
 from csi_driver.volumes.contents import Contents
 from csi_driver.volumes.handles import VOLUME
-from csi_driver.volumes.images import fitting_size
 from csi_driver.volumes.jobs import JobControl, Jobs
 from csi_driver.volumes.locks import KeyedLocks
+from csi_driver.volumes.lookup import find_ready
 from csi_driver.volumes.model import (
-    DEFAULT_CAPACITY_BYTES,
     Capability,
     CapacityRange,
     CreateVolume,
@@ -38,7 +36,9 @@ from csi_driver.volumes.model import (
 )
 from csi_driver.volumes.paging import take_page
 from csi_driver.volumes.pools import Pools, PoolStore, new_token
+from csi_driver.volumes.promises import Promises
 from csi_driver.volumes.removal import VolumeRemoval
+from csi_driver.volumes.sizes import Expansion, choose_size
 from csi_driver.volumes.sources import Sources
 from csi_driver.volumes.verification import Verifier
 
@@ -55,6 +55,7 @@ class Provisioner:
         sources: Sources,
         removal: VolumeRemoval,
         verifier: Verifier,
+        promises: Promises,
     ) -> None:
         self._pools = pools
         self._locks = locks
@@ -63,6 +64,8 @@ class Provisioner:
         self._sources = sources
         self._removal = removal
         self._verifier = verifier
+        self._promises = promises
+        self._expansion = Expansion(pools, locks, promises, contents)
 
     # --- create -------------------------------------------------------------------------------------------------------------------
 
@@ -125,7 +128,7 @@ class Provisioner:
 
     def _begin(self, store: PoolStore, record_id: str, request: CreateVolume) -> VolumeRecord:
         form = self._choose_form(store, request)
-        capacity = self._choose_capacity(store, request, form)
+        capacity = choose_size(request.capacity, form, self._sources.size_of(request.source) if request.source else 0)
         parameters = request.parameters
         access.check_ownership(parameters.ownership, store.backend)
         record = VolumeRecord(
@@ -147,7 +150,8 @@ class Provisioner:
             ephemeral=request.ephemeral,
             verify=parameters.verify,
         )
-        if not store.volumes.add(record):
+        gate = self._promises.gate(store, record_id, capacity, capacity)
+        if not store.volumes.add(record, gate):
             raise AlreadyExists(f"volume {quoted(request.name)} is being made by another controller")
         return record
 
@@ -167,22 +171,6 @@ class Provisioner:
             if problem := access.unsupported(capability, store.backend, form):
                 raise InvalidArgument(problem)
         return form
-
-    def _choose_capacity(self, store: PoolStore, request: CreateVolume, form: Form) -> int:
-        least = self._sources.size_of(request.source) if request.source else 0
-        wanted = request.capacity.required_bytes or least or DEFAULT_CAPACITY_BYTES
-        limit = request.capacity.limit_bytes
-        if limit and not request.capacity.required_bytes:
-            wanted = min(wanted, limit)
-        wanted = fitting_size(form, wanted)
-        if limit and wanted > limit:
-            raise OutOfRange(f"capacity_range asks for {wanted} bytes, but limit_bytes is {limit}")
-        if wanted < least:
-            raise OutOfRange(f"capacity_range asks for {wanted} bytes, but the content source needs {least}")
-        total = store.space().total_bytes
-        if wanted > total:
-            raise ResourceExhausted(f"capacity_range asks for {wanted} bytes, but pool {store.name} has {total} in all")
-        return wanted
 
     def _complete(self, store: PoolStore, record: VolumeRecord, job: JobControl | None) -> VolumeRecord:
         """Build the content of a `creating` volume and make it ready; on an error nothing is left of it."""
@@ -221,7 +209,7 @@ class Provisioner:
 
     def get(self, handle: str) -> Volume:
         """Return a volume. Raises NotFound, RecordDamaged."""
-        return self.show(*self.find_ready(handle))
+        return self.show(*find_ready(self._pools, handle))
 
     def list(self, page: Page) -> tuple[Sequence[Volume], str]:
         """Return one page of all volumes, ordered by pool and id, and the token of the next page."""
@@ -234,19 +222,11 @@ class Provisioner:
 
     def validate(self, handle: str, capabilities: Sequence[Capability], context: Mapping[str, str]) -> str | None:
         """Return None where the volume has all capabilities, else why it has not. Raises NotFound."""
-        store, record = self.find_ready(handle)
+        store, record = find_ready(self._pools, handle)
         if context and dict(context) != dict(self.show(store, record).context):
             return "volume_context is not the one that CreateVolume gave"
         problems = (access.unsupported(capability, store.backend, record.form) for capability in capabilities)
         return next((problem for problem in problems if problem), None)
-
-    def find_ready(self, handle: str) -> tuple[PoolStore, VolumeRecord]:
-        """Find a volume that exists. Raises NotFound, also for one that is still being made or already being deleted."""
-        located = self._pools.locate(handle)
-        record = located[0].volumes.get(located[1]) if located else None
-        if located is None or record is None or record.phase is not Phase.READY:
-            raise NotFound(f"volume {quoted(handle)} does not exist")
-        return located[0], record
 
     def show(self, store: PoolStore, record: VolumeRecord) -> Volume:
         # Words for people and `kubectl describe`; never an address, and nothing that the driver reads back.
@@ -257,36 +237,14 @@ class Provisioner:
     # --- change -------------------------------------------------------------------------------------------------------------------
 
     def expand(self, handle: str, capacity: CapacityRange, capability: Capability | None) -> int:
-        """Grow a volume to `required_bytes`; a size that it has already is answered as it is. Returns bytes.
-
-        Raises NotFound, OutOfRange (shrink, beyond the pool), FailedPrecondition (a capability that the volume lacks).
-        """
-        store, record = self.find_ready(handle)
-        if capability is not None and (problem := access.unsupported(capability, store.backend, record.form)):
-            raise InvalidArgument(problem)
-        with self._locks.hold(store, f"volume:{record.id}"):
-            _, record = self.find_ready(handle)
-            wanted = fitting_size(record.form, capacity.required_bytes or record.capacity_bytes)
-            if capacity.limit_bytes and max(wanted, record.capacity_bytes) > capacity.limit_bytes:
-                raise OutOfRange(
-                    f"capacity_range.limit_bytes is {capacity.limit_bytes}, but the volume has {record.capacity_bytes}: volumes never shrink"
-                )
-            if wanted <= record.capacity_bytes:
-                self._contents.resize(store, record)  # cut off before, it is completed
-                return record.capacity_bytes
-            total = store.space().total_bytes
-            if wanted > total:
-                raise OutOfRange(f"capacity_range asks for {wanted} bytes, but pool {store.name} has {total} in all")
-            # The promise first: an image larger than its record would be one that nobody has accounted for.
-            record = store.volumes.replace(replace(record, capacity_bytes=wanted))
-            self._contents.resize(store, record)
-            return wanted
+        """Grow a volume (sizes.py). Returns bytes."""
+        return self._expansion.expand(handle, capacity, capability)
 
     def modify(self, handle: str, on_delete: OnDelete | None) -> None:
         """Change what becomes of the data at deletion. Raises NotFound."""
-        store, record = self.find_ready(handle)
+        store, record = find_ready(self._pools, handle)
         with self._locks.hold(store, f"volume:{record.id}"):
-            _, record = self.find_ready(handle)
+            _, record = find_ready(self._pools, handle)
             if on_delete is not None and on_delete is not record.on_delete:
                 store.volumes.replace(replace(record, on_delete=on_delete))
 

@@ -49,8 +49,8 @@ class RecordFolder(Generic[R]):
         with self._open() as folder:
             return self._read(folder, record_id)
 
-    def add(self, record: R) -> bool:
-        """Write a record that must not exist yet; False where another has its id.
+    def add(self, record: R, gate: AbstractContextManager[object] = files.OPEN) -> bool:
+        """Write a record that must not exist yet; False where another has its id. It appears within `gate`, which may refuse it.
 
         A server may do what it was asked and lose the reply, and the second try then meets our own file: the token tells.
         """
@@ -60,15 +60,15 @@ class RecordFolder(Generic[R]):
 
         with self._open() as folder:
             try:
-                files.create_exclusively(folder, record.id + _SUFFIX, record_format.encode(record), ours)
+                files.create_exclusively(folder, record.id + _SUFFIX, record_format.encode(record), ours, gate)
             except FileExistsError:
                 return False
         return True
 
-    def replace(self, record: R) -> R:
-        """Put a record in place of the one with its id, in one step, durably. Returns it."""
+    def replace(self, record: R, gate: AbstractContextManager[object] = files.OPEN) -> R:
+        """Put a record in place of the one with its id, in one step within `gate`, durably. Returns it."""
         with self._open() as folder:
-            files.write_atomically(folder, record.id + _SUFFIX, record_format.encode(record))
+            files.write_atomically(folder, record.id + _SUFFIX, record_format.encode(record), gate)
         return record
 
     def remove(self, record_id: str) -> None:

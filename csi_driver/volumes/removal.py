@@ -18,7 +18,7 @@ from csi_driver.volumes.contents import Contents, content_key
 from csi_driver.volumes.handles import SNAPSHOT, VOLUME
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import OnDelete, Phase, SnapshotRecord, VolumeRecord
-from csi_driver.volumes.pools import ARCHIVE_DIRECTORY, ARCHIVED, RETAINED, PoolStore, exists_at, new_token
+from csi_driver.volumes.pools import ARCHIVE_DIRECTORY, ARCHIVED, RETAINED, PoolStore, archived_place, exists_at, new_token
 from csi_driver.volumes.trash import begin_deletion, unfinished_deletions
 
 _log = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ class SnapshotRemoval:
 
 
 def _archive(store: PoolStore, record: VolumeRecord) -> None:
-    name = f"{record.directory.rpartition('/')[2]}.{record.token}"
+    name = archived_place(record.directory, record.token).rpartition("/")[2]
     with store.open_root() as root:
         with suppress(FileExistsError):
             os.mkdir(ARCHIVE_DIRECTORY, 0o700, dir_fd=root)

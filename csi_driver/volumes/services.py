@@ -47,6 +47,13 @@ class VolumeService(Protocol):
     def modify(self, handle: str, on_delete: OnDelete | None) -> None: ...
 
 
+class ExpansionService(Protocol):
+    """Implemented in `expansion.py`: what a process can say about expansions that are the nodes' own work."""
+
+    def expand(self, handle: str, capacity: CapacityRange) -> int:
+        """Return the size in bytes that NodeExpandVolume is to give the volume."""
+
+
 class AttachmentService(Protocol):
     """Implemented in `attachments.py`."""
 
@@ -121,3 +128,4 @@ class Services:
     groups: GroupService | None = None
     capacity: CapacityService | None = None
     node: NodeService | None = None
+    expansion: ExpansionService | None = None

@@ -1,30 +1,39 @@
 """Usage: what a volume itself takes, counted, not what its disk takes.
 
-Where no quota counts for us the tree is walked. That can outlast a call: the count goes on as a job, the call is told to come back,
-and the result is good for a while, so that the kubelet's minute-by-minute question does not walk a million files each time.
+Where no quota counts for us the tree is walked. That can outlast a call: the count goes on as a job, and its result is good for a while,
+so that the kubelet's minute-by-minute question does not walk a million files each time. Whoever asks meanwhile is told the count of
+before, which is soon enough and true of its time; only where there is none is he told to come back. `VolumeStats` says what it is.
 """
 
+import logging
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from csi_driver.backends.base import Space, Used
-from csi_driver.errors import DeadlineExceeded
+from csi_driver.errors import DeadlineExceeded, OperationPending
 from csi_driver.linux.trees import measure_tree
-from csi_driver.volumes.jobs import JobControl, Jobs
-from csi_driver.volumes.model import Usage, VolumeStats
+from csi_driver.volumes.jobs import REPLY_MARGIN_SECONDS, JobControl, Jobs
+from csi_driver.volumes.model import Usage, UsageSource, VolumeStats
 from csi_driver.volumes.pools import PoolStore
+
+_log = logging.getLogger(__name__)
 
 _FRESH_FACTOR = 20
 """A count is good for twenty times as long as it took: a small volume is counted each time, and no volume keeps a core busy."""
 _LONGEST_COUNT_SECONDS = 3600.0
+_OLDEST_SECONDS = 3600.0
+"""For how long beyond its time a count is better than none, while a new one is made."""
+_PATIENCE_SECONDS = 2.0
+"""How long a new count is waited for where there is an old one."""
 
 
 @dataclass(frozen=True)
 class _Count:
     usage: Used
     space: Space | None  # of a remote pool, which is measured in the same go
+    began: float  # monotonic seconds
     until: float
 
 
@@ -41,7 +50,8 @@ class UsageCounter:
     ) -> VolumeStats:
         """Return the volume's own usage; `mounted` is where this node shows it, which is all that it sees of a remote pool.
 
-        Raises NotFound where the directory is gone, OperationPending while it is still being counted at `deadline` (monotonic seconds).
+        Raises NotFound where the directory is gone, OperationPending where it is still being counted at `deadline` (monotonic seconds)
+        and was not lately.
         """
         count = self._count(store, directory, deadline, mounted)
         used, space = count.usage, count.space or store.space()
@@ -55,17 +65,29 @@ class UsageCounter:
         return VolumeStats(
             bytes=Usage(used.bytes, capacity_bytes if capacity_bytes is not None else used.bytes + available, available),
             inodes=inodes or Usage(used.inodes, None, None),
+            source=UsageSource.WALK,
+            age_seconds=time.monotonic() - count.began,
         )
 
     def _count(self, store: PoolStore, directory: str, deadline: float, mounted: Path) -> _Count:
         key = (store.name, directory)
+        now = time.monotonic()
         with self._guard:
             known = self._counts.get(key)
-            if known is not None and known.until > time.monotonic():
-                return known
-        return self._jobs.run(
-            f"usage of {store.name}/{directory}", lambda job: self._walk(store, directory, job, mounted), deadline
-        )
+        if known is not None and known.until > now:
+            return known
+        lately = known is not None and now - known.until < _OLDEST_SECONDS
+        if lately:
+            deadline = min(deadline, now + _PATIENCE_SECONDS + REPLY_MARGIN_SECONDS)
+        try:
+            return self._jobs.run(
+                f"usage of {store.name}/{directory}", lambda job: self._walk(store, directory, job, mounted), deadline
+            )
+        except OperationPending as pending:
+            if known is None or not lately:
+                raise
+            _log.info("usage is being counted, an older count is told", extra={"pool": store.name, "progress": str(pending)})
+            return known
 
     def _walk(self, store: PoolStore, directory: str, job: JobControl, mounted: Path) -> _Count:
         used, space = _measure(store, directory, job.started + _LONGEST_COUNT_SECONDS, mounted)
@@ -75,9 +97,11 @@ class UsageCounter:
             )
         now = time.monotonic()
         with self._guard:
-            for key in [key for key, count in self._counts.items() if count.until < now]:
+            for key in [key for key, count in self._counts.items() if count.until + _OLDEST_SECONDS < now]:
                 del self._counts[key]
-            count = self._counts[store.name, directory] = _Count(used, space, now + (now - job.started) * _FRESH_FACTOR)
+            count = self._counts[store.name, directory] = _Count(
+                used, space, job.started, now + (now - job.started) * _FRESH_FACTOR
+            )
         return count
 
 

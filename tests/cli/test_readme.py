@@ -92,7 +92,7 @@ def test_the_flags_are_those_of_serve_with_their_variables_and_defaults():
     for flag, option in options.items():
         assert rows[flag][1] == option.envvar
         told = option.default if isinstance(option.default, (str, Path)) else {"--node-id": "the host's name"}.get(flag)
-        told = "off" if flag == "--metrics-address" else told
+        told = "off" if flag in ("--metrics-address", "--kubelet-registration-path") else told
         assert rows[flag][2] == str(told or "")
         if isinstance(option.type, click.Choice):
             assert all(choice in rows[flag][3] or choice in rows[flag][2] for choice in option.type.choices)
@@ -190,7 +190,7 @@ def test_each_code_that_the_driver_answers_is_explained():
 def test_each_metric_is_listed_with_its_labels():
     metrics = PrometheusMetrics("driver", {"backend": "hostpath", "role": "all"})
     metrics.lane_opened("node", 1)
-    metrics.watch_pool("fast", lambda: PoolUsage(1, 1, 1, 1, 1, 1))
+    metrics.watch_pool("fast", lambda: PoolUsage(1, 1, 1, 1, 1, 1, 1))
     metrics.call_finished("/csi.v1.Node/NodeGetInfo", "OK", 0.1)
     metrics.sweep_finished(0.1, {"trash": 1}, 0)
     labels = {}

@@ -15,7 +15,10 @@ import tracemalloc
 
 import pytest
 
-from csi_driver.linux import copies, inode_flags, trees
+from csi_driver.linux import beneath, copies, inode_flags, trees
+from csi_driver.linux.carriers import Carrier, Folder, Shared
+from csi_driver.linux.contents import METHODS
+from csi_driver.linux.hard_links import HardLinks, Place
 from csi_driver.linux.walk import WalkStopped
 
 MIB = 1024 * 1024
@@ -222,6 +225,19 @@ def room(request, tmp_path):
 
 
 @pytest.fixture
+def nodev_room(tmp_path):
+    """A directory below which devices cannot be opened, as on a controller's NFS mount."""
+    room = tmp_path / "nodev"
+    room.mkdir()
+    subprocess.run(["mount", "--bind", room, room], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,nodev", room], check=True)
+    yield room
+    for entry in room.iterdir():
+        remove(entry)
+    subprocess.run(["umount", "-l", room], check=True)
+
+
+@pytest.fixture
 def plain_room(tmp_path):
     yield tmp_path
     for entry in tmp_path.iterdir():
@@ -249,6 +265,96 @@ def test_everything_survives(room, methods):
     assert status.st_blocks * 512 < HOLEY_BYTES // 2
     best = "reflink" if room.name in {"xfs", "btrfs"} else "copy_file_range"
     assert report.method == {0: "copy", 1: "copy_file_range", 3: best}[len(methods)]
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("workers", [1, 8])
+def test_everything_survives_where_files_are_opened_by_their_names(nodev_room, workers):
+    build_everything(nodev_room / "source")
+    before = manifest(nodev_room / "source")
+    for number in range(5):
+        report = copy(nodev_room / "source", nodev_room / f"target-{number}", workers=workers)
+        assert differences(manifest(nodev_room / "source"), before) == set()
+        assert differences(manifest(nodev_room / f"target-{number}"), before) == set()
+        assert report.not_carried == {}
+        assert (report.files, report.directories) == (
+            sum(entry["type"] != stat.S_IFDIR for entry in before.values()),
+            sum(entry["type"] == stat.S_IFDIR for entry in before.values()),
+        )
+
+
+@pytest.mark.root
+def test_a_crew_copies_what_differs_from_its_neighbours_in_one_thing_only(nodev_room):
+    """What a new file in a directory gets is asked once for its kind: here each kind comes with every deviation."""
+    source = nodev_room / "source"
+    (source / "inherits").mkdir(parents=True)
+    (source / "sgid").mkdir()
+    os.setxattr(source / "inherits", "system.posix_acl_default", ACCESS_ACL)
+    os.chown(source / "sgid", 0, 1003)
+    (source / "sgid").chmod(0o2775)
+    for directory in (source, source / "inherits", source / "sgid"):
+        for number in range(60):
+            path = directory / f"{number:02}"
+            path.write_bytes(b"x" * (number % 7))
+            os.chown(path, number % 3 and 1000, number % 2 and 1001)
+            path.chmod((0o600, 0o644, 0o4755, 0o2755, 0o000)[number % 5])
+            if number % 11 == 0:
+                os.setxattr(path, "system.posix_acl_access", ACCESS_ACL)
+            if number % 13 == 0:
+                os.setxattr(path, "user.number", str(number).encode())
+    for workers in (1, 8):
+        copy(source, nodev_room / f"target-{workers}", workers=workers)
+        assert differences(manifest(nodev_room / f"target-{workers}"), manifest(source)) == set()
+
+
+TAKEN = {
+    "file": lambda path: path.write_text("kept"),
+    "file with another name": lambda path: (path.touch(), os.link(path, path.with_name("other"))),
+    "directory": lambda path: path.mkdir(),
+    "fifo": os.mkfifo,
+    "dangling symlink": lambda path: path.symlink_to("nowhere"),
+    "symlink": lambda path: ((path.with_name("other")).touch(), path.symlink_to("other")),
+    "device": lambda path: os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3)),
+}
+
+
+@pytest.mark.root
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("what", TAKEN)
+def test_a_name_that_is_taken_in_the_copy_is_left_as_it_is_over_a_network_too(nodev_room, what):
+    """A directory that changes while it is read may yield a name twice."""
+    (nodev_room / "source").mkdir()
+    (nodev_room / "target").mkdir()
+    (nodev_room / "source" / "name").write_text("later")
+    TAKEN[what](nodev_room / "target" / "name")
+    before = manifest(nodev_room / "target")
+    ends = [open_directory(nodev_room / name) for name in ("source", "target")]
+    shared = Shared(
+        copies.Progress(), HardLinks(ends[1]), threading.Lock(), METHODS, lambda: False, over_network=True, openable=True
+    )
+    Carrier(shared).carry(Folder(*ends, os.fstat(ends[0]), Place(b"", None)), b"name", 8, enter=False)
+    assert differences(manifest(nodev_room / "target"), before) == set()
+    for descriptor in ends:
+        os.close(descriptor)
+
+
+@pytest.mark.root
+def test_a_device_in_place_of_a_file_is_opened_on_no_mount(mount_room, nodev_room):
+    """As after a swap: the directory said "a file" of it."""
+    for room, openable in ((mount_room, False), (nodev_room, True)):
+        (room / "source").mkdir()
+        (room / "target").mkdir()
+        os.mknod(room / "source" / "name", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+        ends = [open_directory(room / name) for name in ("source", "target")]
+        assert beneath.starts_no_device(ends[0]) is openable
+        if openable:
+            with pytest.raises(PermissionError):
+                beneath.open_file(ends[0], b"name")
+        shared = Shared(copies.Progress(), HardLinks(ends[1]), threading.Lock(), METHODS, lambda: False, openable=openable)
+        Carrier(shared).carry(Folder(*ends, os.fstat(ends[0]), Place(b"", None)), b"name", 8, enter=False)
+        assert stat.S_ISCHR((room / "target" / "name").stat().st_mode)
+        for descriptor in ends:
+            os.close(descriptor)
 
 
 @pytest.mark.root
@@ -697,11 +803,18 @@ def for_seconds(seconds):
 
 @pytest.mark.root
 @pytest.mark.timeout(180)
-def test_copying_a_tree_that_a_tenant_swaps_reads_nothing_outside(swapped_tree, tmp_path):
+@pytest.mark.parametrize("how", ["one thread", "a crew, by names"])
+def test_copying_a_tree_that_a_tenant_swaps_reads_nothing_outside(swapped_tree, tmp_path, how, request):
     tree, _ = swapped_tree
+    workers = 1
+    if how != "one thread":
+        subprocess.run(["mount", "--bind", tmp_path, tmp_path], check=True)
+        request.addfinalizer(lambda: subprocess.run(["umount", "-l", tmp_path], check=True))
+        subprocess.run(["mount", "-o", "remount,bind,nodev", tmp_path], check=True)
+        workers = 8
     carried, kinds = 0, set()
     for _ in for_seconds(10):
-        report = copy(tree, tmp_path / "target")
+        report = copy(tree, tmp_path / "target", workers=workers)
         carried += report.files
         kinds |= report.not_carried.keys()
         for directory, _, names in os.walk(tmp_path / "target"):

@@ -14,7 +14,8 @@ from csi_driver.rpc import csi_pb2
 
 ROOT = Path(__file__).resolve().parents[2]
 UPSTREAM = "github.com/container-storage-interface/spec@v1.13.0"
-GENERATED = ["csi_pb2.py", "csi_pb2.pyi", "csi_pb2_grpc.py", "csi_pb2_grpc.pyi"]
+PROTOCOLS = ["csi", "pluginregistration"]
+GENERATED = [f"{protocol}_pb2{ending}" for protocol in PROTOCOLS for ending in (".py", ".pyi", "_grpc.py", "_grpc.pyi")]
 
 
 def run(*command, cwd=ROOT):

@@ -45,13 +45,14 @@ class Pool:
     path: str
     options: tuple[str, ...] = ("vers=4.2",)
     inline: bool = False
+    size: str = ""
 
     def text(self) -> str:
         """Say it as pools.toml does."""
         options = ", ".join(f'"{option}"' for option in self.options)
         return (
             f'[pools.{self.name}]\nserver = "{self.server}"\npath = "{self.path}"\noptions = [{options}]\n'
-            f"inline = {str(self.inline).lower()}\n"
+            f"inline = {str(self.inline).lower()}\n" + (f'size = "{self.size}"\n' if self.size else "")
         )
 
 
@@ -71,6 +72,8 @@ class Driver:
         self._directory = pathlib.Path(tempfile.mkdtemp(prefix="csi-", dir="/tmp"))
         self.socket = self._directory / "s"
         self.log = self._directory / "log"
+        self.confinement: tuple[str, ...] = ()
+        """The command that runs the driver's, and takes something from it."""
         self.process: subprocess.Popen[bytes] | None = None
         self._client: Client | None = None
 
@@ -81,7 +84,17 @@ class Driver:
 
     def spawn(self) -> None:
         """Start the process and do not wait for it."""
-        argv = [sys.executable, "-m", "csi_driver", "serve", "--config", str(self._config), "--role", self.role]
+        argv = [
+            *self.confinement,
+            sys.executable,
+            "-m",
+            "csi_driver",
+            "serve",
+            "--config",
+            str(self._config),
+            "--role",
+            self.role,
+        ]
         argv += ["--endpoint", self.endpoint, "--kubelet-dir", str(KUBELET), "--log-level", "debug"]
         with self.log.open("ab") as log:
             self.process = self.node.popen(argv, directory=str(CHECKOUT), stdout=log, stderr=log, stdin=subprocess.DEVNULL)
@@ -228,14 +241,14 @@ class Cluster:
     ) -> None:
         self._directory = pathlib.Path(tempfile.mkdtemp(prefix="cluster-", dir="/tmp"))
         self._options = driver_options
-        self._config = self._directory / "pools.toml"
+        self.config = self._directory / "pools.toml"
         self.configure(pools)
         self._made = [network.node("controller"), *(network.node("worker") for _ in range(nodes))]
         if v3:
             for node in self._made:
                 node.start_statd()
-        self.controller = Driver(self._made[0], self._config, "controller")
-        self.nodes = [Driver(node, self._config, "node") for node in self._made[1:]]
+        self.controller = Driver(self._made[0], self.config, "controller")
+        self.nodes = [Driver(node, self.config, "node") for node in self._made[1:]]
         self._told: dict[tuple[str, str], Mapping[str, str]] = {}
         self._ids: dict[str, str] = {}
 
@@ -246,7 +259,7 @@ class Cluster:
 
     def configure(self, pools: Iterable[Pool]) -> None:
         """Write pools.toml; a process reads it when it starts."""
-        self._config.write_text(f'[driver]\nbackend = "nfs"\n{self._options}\n' + "\n".join(pool.text() for pool in pools))
+        self.config.write_text(f'[driver]\nbackend = "nfs"\n{self._options}\n' + "\n".join(pool.text() for pool in pools))
 
     def start(self) -> Self:
         """Start all processes, at once."""

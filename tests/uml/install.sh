@@ -1,5 +1,6 @@
 #!/bin/sh
 # Install what the guest needs: a kernel that runs as a process, real NFS servers, the tools of the filesystems, nothing else.
+# Arguments name more packages (../cluster/install.sh).
 #
 # Idempotent and quiet: 20 ms when nothing is missing. Needs Debian or Ubuntu, root, and apt sources that work.
 # The packages bring services (rpcbind, nfs-server, nfs-ganesha). The guest wants their programs only, and this machine must not
@@ -10,10 +11,12 @@ packages="
   user-mode-linux kmod iproute2 nftables util-linux
   nfs-kernel-server nfs-common rpcbind nfs-ganesha nfs-ganesha-vfs dbus
   xfsprogs e2fsprogs btrfs-progs quota attr acl libnfs-utils
+  $*
 "
 # wide_registers.c: only on processors where the guest's kernel cannot do without.
 if grep -qw amx_tile /proc/cpuinfo && ! command -v cc >/dev/null; then packages="$packages gcc libc6-dev"; fi
-units="rpcbind.socket rpcbind.service nfs-server.service nfs-client.target nfs-blkmap.service nfs-ganesha.service nfs-ganesha-lock.service quota.service quotarpc.service"
+units="rpcbind.socket rpcbind.service nfs-server.service nfs-client.target nfs-blkmap.service nfs-ganesha.service nfs-ganesha-lock.service quota.service quotarpc.service
+etcd.service containerd.service"
 policy=/usr/sbin/policy-rc.d
 
 missing() {

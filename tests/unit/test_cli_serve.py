@@ -48,6 +48,7 @@ DEFAULTS = {
     "endpoint": "unix:///csi/csi.sock",
     "node_id": socket.gethostname(),
     "kubelet_dir": Path("/var/lib/kubelet"),
+    "kubelet_registration_path": None,
     "metrics_address": None,
     "log_format": "text",
     "log_level": "info",
@@ -59,6 +60,12 @@ CONTRACT = {
     "endpoint": ("--endpoint", "TATAMI_ENDPOINT", "unix:///run/x.sock", "unix:///run/x.sock"),
     "node_id": ("--node-id", "TATAMI_NODE_ID", "worker-7", "worker-7"),
     "kubelet_dir": ("--kubelet-dir", "TATAMI_KUBELET_DIR", "/data/kubelet", Path("/data/kubelet")),
+    "kubelet_registration_path": (
+        "--kubelet-registration-path",
+        "TATAMI_KUBELET_REGISTRATION_PATH",
+        "/var/lib/kubelet/plugins/x/csi.sock",
+        Path("/var/lib/kubelet/plugins/x/csi.sock"),
+    ),
     "metrics_address": ("--metrics-address", "TATAMI_METRICS_ADDRESS", "[::1]:9808", "[::1]:9808"),
     "log_format": ("--log-format", "TATAMI_LOG_FORMAT", "json", "json"),
     "log_level": ("--log-level", "TATAMI_LOG_LEVEL", "debug", "debug"),
@@ -122,6 +129,8 @@ def test_the_exit_code_is_that_of_the_server(run):
         ["serve", "--nope"],
         ["serve", "extra"],
         ["serve", "--endpoint", "tcp://0.0.0.0:1"],
+        ["serve", "--kubelet-registration-path", "csi.sock"],
+        ["serve", "--role", "controller", "--kubelet-registration-path", "/csi/csi.sock"],
         ["serve", "--node-id", "a b"],
         ["serve", "--config", "/does/not/exist.toml"],
         ["nope"],
@@ -142,7 +151,7 @@ def test_a_mistake_in_the_file_is_its_lines_on_stderr_and_nothing_else(run, tmp_
     result, _ = run("serve", "--config", str(file))
     assert result.exit_code == 2
     assert result.stderr == (
-        f"{file}: [pools.fast] shard = 1: unknown key (did you mean shared?); allowed: path, shared, inline\n"
+        f"{file}: [pools.fast] shard = 1: unknown key (did you mean shared?); allowed: path, shared, inline, size, overcommit, reserve\n"
         f'{file}: [pools.fast] path = "srv": must be an absolute path\n'
     )
 

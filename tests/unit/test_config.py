@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from csi_driver.config import (
     DEFAULT_POOL_PATH,
+    Budget,
     ConfigError,
     DriverSettings,
     HostPathPool,
@@ -27,6 +29,12 @@ NFS = '[driver]\nbackend = "nfs"\n'
 
 def settings(text):
     return parse_settings(text.encode(), "pools.toml")
+
+
+QUANTITY = "a whole Kubernetes quantity such as `100Mi` or `1Gi`"
+SIZE = 'must be a whole Kubernetes quantity such as "500Gi", or bytes'
+FACTOR = "must be a number from 1 to 1000"
+RESERVE = 'must be a whole Kubernetes quantity such as "5Gi", bytes, or a share of the filesystem from "0%" to less than "100%"'
 
 
 def problems(text):
@@ -77,6 +85,42 @@ def test_every_nfs_key_reaches_the_settings():
         "a": NfsPool("a", "nas.example.org", Path("/"), ("vers=4.2", "hard"), inline=True),
         "b": NfsPool("b", "[fd00::1]", Path("/export/b")),
     }
+
+
+GIB = 1024**3
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("", Budget()),
+        ("size = '500Gi'", Budget(500 * GIB)),
+        ("size = '500G'", Budget(500 * 10**9)),
+        ("size = '1048576'", Budget(1048576)),
+        ("size = 1048576", Budget(1048576)),
+        ("size = '7Ei'", Budget(7 * 1024**6)),
+        ("overcommit = 1.5", Budget(overcommit=Fraction(3, 2))),
+        ("overcommit = 1.1", Budget(overcommit=Fraction(11, 10))),
+        ("overcommit = 2", Budget(overcommit=Fraction(2))),
+        ("reserve = '5Gi'", Budget(reserve_bytes=5 * GIB)),
+        ("reserve = 4096", Budget(reserve_bytes=4096)),
+        ("reserve = '5%'", Budget(reserve_share=Fraction(5, 100))),
+        ("reserve = '2.5%'", Budget(reserve_share=Fraction(25, 1000))),
+        ("reserve = '0%'", Budget()),
+        ("reserve = 0", Budget()),
+        ("size = '1Ti'\novercommit = 3\nreserve = '10%'", Budget(1024 * GIB, Fraction(3), 0, Fraction(1, 10))),
+    ],
+)
+def test_what_a_pool_may_promise_is_read_exactly(text, budget):
+    assert settings(ONE_POOL + text).pools["fast"].budget == budget
+    nfs = settings(NFS + "[pools.fast]\nserver = 'a'\npath = '/x'\n" + text)
+    assert nfs.pools["fast"].budget == budget
+
+
+def test_the_reserve_is_a_share_of_the_filesystem_or_so_many_bytes():
+    assert Budget(reserve_share=Fraction(25, 1000)).reserve_of(1000) == 25
+    assert Budget(reserve_bytes=4096).reserve_of(1000) == 4096
+    assert Budget().reserve_of(1000) == 0
 
 
 def test_the_pools_and_the_settings_cannot_be_changed():
@@ -139,9 +183,32 @@ DRIVER_KEYS = "backend, name, default_pool, max_volumes_per_node"
         ("name = 'x'\n" + ONE_POOL, 'pools.toml: name = "x": unknown table; allowed: driver, pools'),
         (
             ONE_POOL + "shard = true",
-            "pools.toml: [pools.fast] shard = true: unknown key (did you mean shared?); allowed: path, shared, inline",
+            "pools.toml: [pools.fast] shard = true: unknown key (did you mean shared?); allowed: path, shared, inline, size, overcommit, reserve",
         ),
-        (ONE_POOL + "size = '1Gi'", 'pools.toml: [pools.fast] size = "1Gi": unknown key; allowed: path, shared, inline'),
+        (
+            ONE_POOL + "quota = '1Gi'",
+            'pools.toml: [pools.fast] quota = "1Gi": unknown key; allowed: path, shared, inline, size, overcommit, reserve',
+        ),
+        (ONE_POOL + "size = '500GB'", f'pools.toml: [pools.fast] size = "500GB": {QUANTITY}'),
+        (ONE_POOL + "size = ''", f'pools.toml: [pools.fast] size = "": {QUANTITY}'),
+        (ONE_POOL + "size = '9Ei'", f'pools.toml: [pools.fast] size = "9Ei": {QUANTITY}'),
+        (ONE_POOL + "size = 0", f"pools.toml: [pools.fast] size = 0: {SIZE}"),
+        (ONE_POOL + "size = 9223372036854775808", f"pools.toml: [pools.fast] size = 9223372036854775808: {SIZE}"),
+        (ONE_POOL + "size = 1.5", f"pools.toml: [pools.fast] size = 1.5: {SIZE}"),
+        (ONE_POOL + "size = true", f"pools.toml: [pools.fast] size = true: {SIZE}"),
+        (ONE_POOL + "size = ['1Gi']", f'pools.toml: [pools.fast] size = ["1Gi"]: {SIZE}'),
+        (ONE_POOL + "overcommit = 0.9", f"pools.toml: [pools.fast] overcommit = 0.9: {FACTOR}"),
+        (ONE_POOL + "overcommit = 1001", f"pools.toml: [pools.fast] overcommit = 1001: {FACTOR}"),
+        (ONE_POOL + "overcommit = nan", f"pools.toml: [pools.fast] overcommit = NaN: {FACTOR}"),
+        (ONE_POOL + "overcommit = inf", f"pools.toml: [pools.fast] overcommit = Infinity: {FACTOR}"),
+        (ONE_POOL + "overcommit = '1.5'", f'pools.toml: [pools.fast] overcommit = "1.5": {FACTOR}'),
+        (ONE_POOL + "overcommit = true", f"pools.toml: [pools.fast] overcommit = true: {FACTOR}"),
+        (ONE_POOL + "reserve = '100%'", f'pools.toml: [pools.fast] reserve = "100%": {RESERVE}'),
+        (ONE_POOL + "reserve = '-5%'", f'pools.toml: [pools.fast] reserve = "-5%": {RESERVE}'),
+        (ONE_POOL + "reserve = '5 %'", f'pools.toml: [pools.fast] reserve = "5 %": {RESERVE}'),
+        (ONE_POOL + "reserve = 'much'", f'pools.toml: [pools.fast] reserve = "much": {RESERVE}'),
+        (ONE_POOL + "reserve = -1", f"pools.toml: [pools.fast] reserve = -1: {RESERVE}"),
+        (ONE_POOL + "reserve = 0.05", f"pools.toml: [pools.fast] reserve = 0.05: {RESERVE}"),
         (
             "[driver]\nmax_volume_per_node = 3\n" + ONE_POOL,
             f"pools.toml: [driver] max_volume_per_node = 3: unknown key (did you mean max_volumes_per_node?); allowed: {DRIVER_KEYS}",
@@ -200,7 +267,7 @@ DRIVER_KEYS = "backend, name, default_pool, max_volumes_per_node"
         ),
         (
             NFS + "[pools.fast]\nserver = 'a'\npath = '/x'\nshared = true",
-            "pools.toml: [pools.fast] shared = true: unknown key; allowed: server, path, options, inline",
+            "pools.toml: [pools.fast] shared = true: unknown key; allowed: server, path, options, inline, size, overcommit, reserve",
         ),
         (
             NFS + "[pools.a]\nserver = 'NAS'\npath = '/x'\n[pools.b]\nserver = 'nas'\npath = '/x/y'",
@@ -420,6 +487,7 @@ def options(**changed):
         "endpoint": "unix:///csi/csi.sock",
         "node_id": "node-1.example.org",
         "kubelet_dir": Path("/var/lib/kubelet"),
+        "kubelet_registration_path": None,
         "metrics_address": None,
         "log_format": "text",
         "log_level": "info",

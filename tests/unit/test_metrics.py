@@ -123,7 +123,7 @@ def test_a_call_that_fails_leaves_its_lane(metrics):
 
 
 def test_pools_report_what_they_know_and_nothing_else(metrics):
-    metrics.watch_pool("fast", lambda: PoolUsage(100, 40, 60, 7, 2, 1))
+    metrics.watch_pool("fast", lambda: PoolUsage(100, 40, 60, 7, 2, 1, 80))
     metrics.watch_pool("slow", lambda: PoolUsage(volumes=3))
     found = scrape(metrics)
     assert found["tatami_pool_readable"] == {("fast",): 1, ("slow",): 1}
@@ -133,6 +133,7 @@ def test_pools_report_what_they_know_and_nothing_else(metrics):
     assert found["tatami_pool_volumes"] == {("fast",): 7, ("slow",): 3}
     assert found["tatami_pool_snapshots"] == {("fast",): 2}
     assert found["tatami_pool_trash"] == {("fast",): 1}
+    assert found["tatami_pool_promised_bytes"] == {("fast",): 80}
 
 
 def test_a_pool_that_fails_reports_nothing_and_is_logged_once_per_outage(metrics, caplog):

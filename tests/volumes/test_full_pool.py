@@ -9,7 +9,7 @@ import pytest
 from bench import make_bench, until
 
 from csi_driver.config import HostPathPool
-from csi_driver.errors import NotFound
+from csi_driver.errors import NotFound, ResourceExhausted
 from csi_driver.volumes.model import OnDelete, Page
 
 pytestmark = pytest.mark.root
@@ -73,7 +73,7 @@ def test_a_pool_that_is_full_to_the_last_byte_is_emptied_by_deleting(small_disk)
     kept = bench.create("kept", on_delete=OnDelete.RETAIN)
     large = bench.create("large")
     fill_to_the_last_byte(bench.path(large))
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ResourceExhausted, match="bytes free"):
         bench.create("another")
 
     bench.snapshots.delete(snapshot.record.handle)

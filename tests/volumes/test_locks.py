@@ -1,4 +1,5 @@
 import os
+import signal
 import threading
 import time
 from contextlib import ExitStack
@@ -173,3 +174,49 @@ def test_a_second_controller_that_asks_for_the_same_volume_is_told_to_come_back(
             second.volumes.delete(volume.record.handle)
         assert second.create("v") == volume  # to look takes no lock
     second.volumes.delete(volume.record.handle)
+
+
+# --- queues -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_those_who_queue_come_one_after_another_and_all_of_them(store):
+    locks, inside, most, done = KeyedLocks(), 0, 0, 0
+
+    def work():
+        nonlocal inside, most, done
+        with locks.queue(store, "k", 30):
+            inside += 1
+            most = max(most, inside)
+            time.sleep(0.001)
+            inside -= 1
+            done += 1
+
+    threads = [threading.Thread(target=work) for _ in range(50)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (most, done) == (1, 50)
+
+
+def test_whoever_queues_waits_for_another_process_until_it_lets_go_or_dies(store):
+    locks = KeyedLocks()
+    for signal_number in (0, signal.SIGKILL):
+        other = OtherProcess(store, "k")
+        with pytest.raises(OperationPending, match="k in pool default"), locks.queue(store, "k", 0.2):
+            pass
+        timer = threading.Timer(0.3, other.finish, [signal_number])
+        timer.start()
+        began = time.monotonic()
+        with locks.queue(store, "k", 20):
+            assert time.monotonic() - began < 10
+        timer.join()
+
+
+def test_a_queue_is_free_again_after_an_error_inside(store):
+    locks = KeyedLocks()
+    with pytest.raises(ZeroDivisionError), locks.queue(store, "k", 1):
+        raise ZeroDivisionError
+    with locks.queue(store, "k", 1):
+        assert not is_free(KeyedLocks(), store)
+    assert is_free(locks, store)

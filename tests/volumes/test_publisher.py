@@ -484,7 +484,8 @@ def test_a_publish_context_must_be_what_the_controller_gave(bench):
 # --- expansion on the node --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_node_confirms_what_the_controller_has_made(bench, handle):
+def test_the_node_confirms_what_the_controller_of_a_shared_pool_has_made(bench):
+    handle = bench.create("shared", pool="spread").record.handle
     staging = bench.stage(handle)
     target = bench.publish(handle, "pod")
     with pytest.raises(OutOfRange, match="ControllerExpandVolume"):

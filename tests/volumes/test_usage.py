@@ -3,7 +3,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from bench import MIB, make_bench
+from bench import MIB, make_bench, until
 
 from csi_driver.config import HostPathPool
 from csi_driver.errors import NotFound, OperationPending
@@ -109,6 +109,34 @@ def test_a_count_that_outlasts_the_call_is_joined_by_the_next(bench, mounted):
     with pytest.raises(OperationPending, match="try again"):
         stats(bench, volume, target, seconds=0.0)
     assert stats(bench, volume, target).inodes.used == 1 + 40 + 40 * 250
+
+
+def test_while_a_new_count_runs_the_last_one_is_told_with_its_age(bench, mounted, monkeypatch):
+    target, volume = mounted
+    first = stats(bench, volume, target)
+    assert (first.source, first.inodes.used) == ("walk", 1)
+    for folder in range(40):
+        (target / str(folder)).mkdir()
+        for name in range(250):
+            (target / str(folder) / str(name)).touch()
+    monkeypatch.setattr(usage, "_PATIENCE_SECONDS", 0.0)
+    told = stats(bench, volume, target)
+    assert told.inodes.used == 1
+    assert told.bytes.used == first.bytes.used
+    assert told.age_seconds > 0
+    until(lambda: stats(bench, volume, target).inodes.used == 1 + 40 + 40 * 250)
+    # What is too old is told no more.
+    monkeypatch.setattr(usage, "_OLDEST_SECONDS", 0.0)
+    with pytest.raises(OperationPending, match="try again"):
+        stats(bench, volume, target, seconds=0.0)
+
+
+def test_a_volume_that_went_while_an_older_count_is_known_is_not_found(bench, mounted):
+    target, volume = mounted
+    assert stats(bench, volume, target).inodes.used == 1
+    bench.path(volume).rename(bench.root / "stolen")
+    with pytest.raises(NotFound):
+        stats(bench, volume, target)
 
 
 def test_a_volume_whose_directory_is_gone_is_not_found(bench, mounted):

@@ -1,12 +1,13 @@
 """One server with four pools in different versions, a second one to move to, a controller and two nodes, for all stories."""
 
 import pathlib
+from dataclasses import replace
 
 import pytest
 from driver_in_guest import Cluster, pool_of
 from servers import KernelNfsServer
 
-VERSIONS = {"default": "4.2", "v41": "4.1", "v3": "3", "moving": "4.2", "stale": "4.2"}
+VERSIONS = {"default": "4.2", "v41": "4.1", "v3": "3", "moving": "4.2", "stale": "4.2", "room": "4.2", "room-v3": "3"}
 """Pool -> NFS version; each is a directory of one exported XFS."""
 
 
@@ -34,6 +35,7 @@ def story_server(network):
 def story_pools(story_server):
     """Pool name -> Pool."""
     pools = {name: pool_of(story_server, f"/srv/xfs/{name}", name, f"vers={version}") for name, version in VERSIONS.items()}
+    pools |= {name: replace(pools[name], size="40Mi") for name in ("room", "room-v3")}
     pools["squashed"] = pool_of(story_server, "/srv/squashed", "squashed", "vers=4.2")
     return pools
 

@@ -1,0 +1,211 @@
+{{/* Names. `kind` is hostpath or nfs. */}}
+{{- define "tatami.name" -}}
+{{- default .Release.Name .Values.nameOverride | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+
+{{/* Labels: dict "root" $ "component" "hostpath-node" */}}
+{{- define "tatami.selector" -}}
+app.kubernetes.io/name: tatami
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+{{- end -}}
+
+{{- define "tatami.labels" -}}
+{{ include "tatami.selector" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
+{{- end -}}
+
+{{/* An image: dict "root" $ "image" .Values.image "tag" the default tag */}}
+{{- define "tatami.image" -}}
+{{- $registry := .image.registry | default .root.Values.global.imageRegistry -}}
+{{- with $registry }}{{ trimSuffix "/" . }}/{{ end -}}
+{{- .image.repository -}}
+{{- if .image.digest }}@{{ .image.digest }}{{ else }}:{{ .image.tag | default .tag }}{{ end -}}
+{{- end -}}
+
+{{- define "tatami.nfs.enabled" -}}
+{{- if .Values.nfs.pools }}true{{ end -}}
+{{- end -}}
+
+{{- define "tatami.snapshots" -}}
+{{- if or (eq .Values.snapshots "always") (and (eq .Values.snapshots "auto") (.Capabilities.APIVersions.Has "snapshot.storage.k8s.io/v1")) }}true{{ end -}}
+{{- end -}}
+
+{{- define "tatami.pluginDir" -}}
+{{ .root.Values.kubeletDir }}/plugins/{{ .driver }}
+{{- end -}}
+
+{{/* pools.toml. JSON's strings and lists are TOML's, too. dict "backend" "hostpath" "kind" .Values.hostpath */}}
+{{- define "tatami.poolsToml" -}}
+[driver]
+backend = {{ .backend | toJson }}
+name = {{ .kind.driverName | toJson }}
+{{- with .kind.defaultPool }}
+default_pool = {{ . | toJson }}
+{{- end }}
+{{- with .kind.maxVolumesPerNode }}
+max_volumes_per_node = {{ int64 . }}
+{{- end }}
+{{- range $name, $pool := .kind.pools }}
+
+[pools.{{ $name }}]
+{{- range $key, $value := $pool }}
+{{ $key }} = {{ $value | toJson }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* What all containers but the privileged one have. */}}
+{{- define "tatami.confined" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities: {drop: [ALL]}
+seccompProfile: {type: RuntimeDefault}
+{{- end -}}
+
+{{/* A sidecar's head: dict "root" $ "name" "provisioner" */}}
+{{- define "tatami.sidecar" -}}
+{{- $sidecar := index .root.Values.sidecars .name -}}
+name: {{ .name }}
+image: {{ include "tatami.image" (dict "root" .root "image" $sidecar.image) }}
+imagePullPolicy: {{ .root.Values.image.pullPolicy }}
+securityContext:
+  {{- include "tatami.confined" .root | nindent 2 }}
+resources: {{- toYaml $sidecar.resources | nindent 2 }}
+{{- end -}}
+
+{{- define "tatami.sidecar.args" -}}
+- --csi-address=/csi/csi.sock
+- --v=2
+{{- end -}}
+
+{{- define "tatami.sidecar.extraArgs" -}}
+{{- with (index .root.Values.sidecars .name).extraArgs -}}
+{{- toYaml . -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The API's credentials, mounted into the sidecars alone: the driver never speaks to the API server. */}}
+{{- define "tatami.token.volume" -}}
+name: api-access
+projected:
+  defaultMode: 0444
+  sources:
+    - serviceAccountToken: {path: token, expirationSeconds: 3607}
+    - configMap: {name: kube-root-ca.crt, items: [{key: ca.crt, path: ca.crt}]}
+    - downwardAPI: {items: [{path: namespace, fieldRef: {apiVersion: v1, fieldPath: metadata.namespace}}]}
+{{- end -}}
+
+{{- define "tatami.token.mount" -}}
+{name: api-access, mountPath: /var/run/secrets/kubernetes.io/serviceaccount, readOnly: true}
+{{- end -}}
+
+{{- define "tatami.pod.env" -}}
+- {name: NODE_NAME, valueFrom: {fieldRef: {fieldPath: spec.nodeName}}}
+- {name: NAMESPACE, valueFrom: {fieldRef: {fieldPath: metadata.namespace}}}
+- {name: POD_NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
+{{- end -}}
+
+{{/* The driver's probes over HTTP. */}}
+{{- define "tatami.probes.http" -}}
+# Liveness waits for nothing but the driver itself; a restart would bring no pool back.
+livenessProbe:
+  httpGet: {path: /healthz, port: metrics}
+  initialDelaySeconds: 10
+  periodSeconds: 20
+  timeoutSeconds: 5
+  failureThreshold: 5
+readinessProbe:
+  httpGet: {path: /readyz, port: metrics}
+  initialDelaySeconds: 2
+  periodSeconds: 10
+  timeoutSeconds: 5
+{{- end -}}
+
+{{/* The same without a port, for pods in the host's network. dict "socket" what is there when it serves */}}
+{{- define "tatami.probes.exec" -}}
+# No port of the host is taken: the probe asks on the driver's own socket. A Python starts for it, hence not every few seconds.
+livenessProbe:
+  exec: {command: [tatami, call, --timeout, "5", Probe]}
+  initialDelaySeconds: 30
+  periodSeconds: 30
+  timeoutSeconds: 15
+  failureThreshold: 3
+readinessProbe:
+  exec: {command: [test, -S, {{ .socket }}]}
+  periodSeconds: 10
+  timeoutSeconds: 5
+{{- end -}}
+
+{{- define "tatami.pullSecrets" -}}
+{{- with .Values.global.imagePullSecrets -}}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* Placement: dict "of" .Values.hostpath.node */}}
+{{- define "tatami.placement" -}}
+nodeSelector:
+  kubernetes.io/os: linux
+  {{- with .of.nodeSelector }}{{ toYaml . | nindent 2 }}{{ end }}
+{{- with .of.tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .of.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- end -}}
+
+{{/* Pod annotations: dict "of" values "config" text */}}
+{{- define "tatami.pod.annotations" -}}
+checksum/pools: {{ .config | sha256sum }}
+{{- with .of.podAnnotations }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{/* What a chart can know to be wrong, and a schema cannot. */}}
+{{- define "tatami.checks" -}}
+{{- $defaults := list -}}
+{{- if .Values.hostpath.enabled -}}
+{{- if not .Values.hostpath.pools }}{{ fail "hostpath.pools: at least one pool is needed, or hostpath.enabled=false" }}{{ end -}}
+{{- range .Values.hostpath.storageClasses }}{{ if .default }}{{ $defaults = append $defaults .name }}{{ end }}{{ end -}}
+{{- end -}}
+{{- if include "tatami.nfs.enabled" . -}}
+{{- range .Values.nfs.storageClasses }}{{ if .default }}{{ $defaults = append $defaults .name }}{{ end }}{{ end -}}
+{{- end -}}
+{{- if gt (len $defaults) 1 }}{{ fail (printf "storageClasses: a cluster has one default class, and here are several: %s" (join ", " $defaults)) }}{{ end -}}
+{{- if not (or .Values.hostpath.enabled (include "tatami.nfs.enabled" .)) }}{{ fail "nothing to install: hostpath.enabled is false, and nfs.pools has no pool" }}{{ end -}}
+{{- range $kind := list "hostpath" "nfs" -}}
+{{- $values := index $.Values $kind -}}
+{{- if and $values.defaultPool (not (hasKey $values.pools $values.defaultPool)) }}{{ fail (printf "%s.defaultPool: %s is none of %s.pools" $kind $values.defaultPool $kind) }}{{ end -}}
+{{- if $values.pools -}}
+{{- range $values.storageClasses }}{{ if and .pool (not (hasKey $values.pools .pool)) }}{{ fail (printf "%s.storageClasses: %s: %s is none of %s.pools" $kind .name .pool $kind) }}{{ end }}{{ end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Replicas on different nodes, if there are: dict "of" values "labels" $labels */}}
+{{- define "tatami.affinity" -}}
+affinity:
+{{- if .of.affinity }}
+  {{- toYaml .of.affinity | nindent 2 }}
+{{- else }}
+  podAntiAffinity:
+    preferredDuringSchedulingIgnoredDuringExecution:
+      - weight: 100
+        podAffinityTerm:
+          topologyKey: kubernetes.io/hostname
+          labelSelector:
+            matchLabels: {{- include "tatami.selector" .labels | nindent 14 }}
+{{- end }}
+{{- end -}}
+
+{{- define "tatami.groupSnapshots" -}}
+{{- if .Capabilities.APIVersions.Has "groupsnapshot.storage.k8s.io/v1" }}true{{ end -}}
+{{- end -}}
