@@ -25,7 +25,7 @@ from csi_driver.linux.mountinfo import topmost_mount_at
 from csi_driver.volumes.handles import parse_handle
 from csi_driver.volumes.images import SECTOR_BYTES
 from csi_driver.volumes.jobs import JobControl, Jobs
-from csi_driver.volumes.model import AccessMode, AccessType, Capability, Form, Layout, Usage, VolumeStats
+from csi_driver.volumes.model import AccessMode, AccessType, Capability, Form, Layout, Usage, UsageSource, VolumeStats
 from csi_driver.volumes.node_state import NodeState, NodeVolumeRecord
 from csi_driver.volumes.pools import Pools, PoolStore
 from csi_driver.volumes.unmounting import UNMOUNT_SECONDS
@@ -190,12 +190,14 @@ class ImageStaging:
     def stats(self, known: NodeVolumeRecord) -> VolumeStats:
         """Return what the filesystem says (statvfs(3)); of raw block only the size is known. Raises NotFound."""
         if known.form.access_type is AccessType.BLOCK:
-            return VolumeStats(Usage(None, loop_devices.size_of(known.device), None), Usage(None, None, None))
+            unknown = Usage(None, None, None)
+            return VolumeStats(Usage(None, loop_devices.size_of(known.device), None), unknown, UsageSource.DEVICE)
         found = os.statvfs(known.staging_path)
         total, free = found.f_blocks * found.f_frsize, found.f_bfree * found.f_frsize
         return VolumeStats(
             bytes=Usage(total - free, total, found.f_bavail * found.f_frsize),
             inodes=Usage(found.f_files - found.f_ffree, found.f_files, found.f_favail),
+            source=UsageSource.FILESYSTEM,
         )
 
     # --- grow ---------------------------------------------------------------------------------------------------------------------

@@ -348,6 +348,8 @@ class UsageSource(StrEnum):
     """Where the numbers of a volume's usage come from."""
 
     WALK = "walk"
+    FILESYSTEM = "filesystem"  # of an image, by statvfs(3)
+    DEVICE = "device"  # raw block: its size is all that is known
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def no_loop_device_is_left(tmp_path: Path):
 
 @pytest.fixture(params=["btrfs", "xfs"])
 def reflinks(request, tmp_path, make_disk):
-    place = make_disk(request.param, size="1G", kind=request.param)
+    place = make_disk(request.param, size="3G", kind=request.param)
     made = make_bench(tmp_path, (HostPathPool("default", place / "pool"),))
     yield made
     made.domain.stop(5)
