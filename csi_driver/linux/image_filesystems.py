@@ -137,14 +137,11 @@ def may_grow_mounted(fs_type: str) -> bool:
     return bool(int(effective.split()[1], 16) >> _CAP_SYS_RESOURCE & 1)
 
 
-def grow_mounted(device: Path, mounted: Path, fs_type: str, size_bytes: int) -> None:
-    """Grow a mounted filesystem to its device's size, `size_bytes`; what has that size already is left alone.
+def grow_mounted(device: Path, mounted: Path, fs_type: str) -> None:
+    """Grow a mounted filesystem to its device's size; what has that size already is left alone.
 
     Raises FailedPrecondition where that is not allowed while it is mounted, CommandFailed, DeadlineExceeded (a retry goes on).
     """
-    found = recognise(device)
-    if found is not None and fs_type == "ext4" and found[1] == size_bytes:
-        return
     if not may_grow_mounted(fs_type):
         raise FailedPrecondition(
             f"{fs_type} on {device} can be grown while it is mounted only with CAP_SYS_RESOURCE, which this process lacks: run the node "

@@ -121,10 +121,8 @@ class ImageStaging:
             read_only=capability.access_mode.reader_only,
             seconds=_CHECK_WAIT_SECONDS,
         )
-        if capability.access_mode.reader_only or found[1] == loop_devices.size_of(known.device):
-            return
         if image_filesystems.may_grow_mounted(fs_type):
-            image_filesystems.grow_mounted(node, staging, fs_type, loop_devices.size_of(known.device))
+            self._grow_filesystem(known)
 
     def _check(self, known: NodeVolumeRecord) -> None:
         """Check the filesystem in a job that a retry joins: of a large one that was not unmounted, it can take its time."""
@@ -212,13 +210,25 @@ class ImageStaging:
             if self._is_attached(known, name):
                 image_child.take_new_size(place, name, _SECONDS)
         size = loop_devices.size_of(known.device)
-        if known.form.access_type is AccessType.MOUNT and not known.access_mode.reader_only:
-            node = loop_devices.node_of(known.device)
-            try:
-                image_filesystems.grow_mounted(node, Path(known.staging_path), known.form.fs_type, size)
-            except CommandFailed as error:
-                raise Unavailable(f"the filesystem of volume {quoted(known.handle)} could not be grown yet: {error}") from error
+        self._grow_filesystem(known)
         return size
+
+    def complete(self, known: NodeVolumeRecord) -> None:
+        """Do what a crash cut off after the mount: a filesystem that came with a smaller origin is made as large as its volume."""
+        if image_filesystems.may_grow_mounted(known.form.fs_type):
+            self._grow_filesystem(known)
+
+    def _grow_filesystem(self, known: NodeVolumeRecord) -> None:
+        if known.form.access_type is AccessType.BLOCK or known.access_mode.reader_only:
+            return
+        node, size = loop_devices.node_of(known.device), loop_devices.size_of(known.device)
+        found = image_child.recognise(node, _SECONDS)
+        if found is not None and found[1] == size:
+            return
+        try:
+            image_filesystems.grow_mounted(node, Path(known.staging_path), known.form.fs_type)
+        except CommandFailed as error:
+            raise Unavailable(f"the filesystem of volume {quoted(known.handle)} could not be grown yet: {error}") from error
 
     # --- unstage ------------------------------------------------------------------------------------------------------------------
 

@@ -49,6 +49,8 @@ class Stager:
                 if known.form.layout is Layout.DIRECTORY and self._is_stale(place.store, staging):
                     self._volumes.unmounting.detach(request.volume_handle, staging)
                     known = self._mount(request, place, known, staging)
+                if known.form.layout is Layout.IMAGE:
+                    self._volumes.images.complete(known)
             else:
                 known = self._mount(request, place, known, staging)
             self._volumes.give_group(known, place.store, staging, request.capability)

@@ -180,6 +180,17 @@ def test_what_has_grown_while_it_was_away_is_large_when_it_comes_back(bench, kin
     assert os.statvfs(staging).f_blocks * os.statvfs(staging).f_frsize > 1.5 * LEAST[kind]
 
 
+def test_a_staging_that_was_cut_off_before_it_grew_grows_when_it_is_asked_for_again(bench, monkeypatch):
+    volume = make_image(bench, "v", filesystem("xfs"))
+    bench.volumes.expand(volume.record.handle, CapacityRange(2 * LEAST["xfs"]), None)
+    with monkeypatch.context() as cut_off:
+        cut_off.setattr(image_filesystems, "grow_mounted", lambda *_: (_ for _ in ()).throw(OSError(5, "cut off")))
+        with pytest.raises(OSError, match="cut off"):
+            bench.stage(volume.record.handle, filesystem("xfs"))
+    staging = bench.restarted().stage(volume.record.handle, filesystem("xfs"))
+    assert os.statvfs(staging).f_blocks * os.statvfs(staging).f_frsize > 1.5 * LEAST["xfs"]
+
+
 def test_the_running_user_of_block_sees_its_new_size(bench):
     handle = make_image(bench, "v", block()).record.handle
     bench.stage(handle, block())

@@ -9,10 +9,18 @@ from bench import make_bench, mount_capability
 from images import LEAST, MIB, block, devices_below, filesystem, make_image, take_down
 
 from csi_driver.config import HostPathPool
-from csi_driver.errors import AlreadyExists, FailedPrecondition, InvalidArgument, OutOfRange, ResourceExhausted, Unavailable
+from csi_driver.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    OutOfRange,
+    ResourceExhausted,
+    Unavailable,
+)
 from csi_driver.linux import mountinfo
 from csi_driver.linux.mountinfo import topmost_mount_at
-from csi_driver.volumes.model import AccessMode, Layout, Ownership
+from csi_driver.volumes.model import AccessMode, AccessType, Capability, Layout, Ownership
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_mounts")]
 KINDS = ("ext4", "xfs")
@@ -208,6 +216,23 @@ def test_after_a_power_cut_the_filesystem_is_checked_and_whole(bench):
     image_of(bench, volume).write_bytes(torn)
     staging = bench.stage(volume.record.handle, filesystem())
     assert Path(staging, "file").read_text() == "content"
+
+
+def test_a_pod_s_group_is_given_the_filesystem(bench):
+    capability = Capability(AccessType.MOUNT, AccessMode.SINGLE_NODE_MULTI_WRITER, fs_type="ext4", mount_group="4321")
+    handle = make_image(bench, "v", capability).record.handle
+    bench.stage(handle, capability)
+    assert bench.publish(handle, "pod", capability).stat().st_gid == 4321
+
+
+def test_a_missing_image_is_named_in_health_and_made_by_nobody(bench):
+    volume = make_image(bench, "v", filesystem())
+    image_of(bench, volume).unlink()
+    assert [entry.reason for entry in bench.health.volume(volume.record.handle).entries] == ["ImageMissing"]
+    with pytest.raises(NotFound, match="not there"):
+        bench.stage(volume.record.handle, filesystem())
+    bench.node.unstage(volume.record.handle, bench.staging_of(volume.record.handle))
+    assert os.listdir(bench.path(volume)) == []
 
 
 # --- what is asked for --------------------------------------------------------------------------------------------------------------
