@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.driver_process import DriverProcess, write_pools
+from tests.own_mounts import have_own_mounts
 
 pytestmark = [pytest.mark.minutes, pytest.mark.root]
 
@@ -85,6 +86,7 @@ def test_one_process_passes_twenty_runs_in_a_row(home: Path):
 
 @pytest.mark.parametrize("form", ["image", "block"])
 def test_images_pass_and_leave_no_loop_device(home: Path, form: str):
+    have_own_mounts()
     driver = DriverProcess(home).start()
     try:
         for _ in range(2):

@@ -13,6 +13,7 @@ import pytest
 
 from csi_driver.rpc import csi_pb2 as csi
 from tests.driver_process import DriverProcess
+from tests.own_mounts import have_own_mounts
 from tests.storm.client import RETRY, Client
 
 pytestmark = [pytest.mark.minutes, pytest.mark.root]
@@ -125,6 +126,7 @@ def driver(tmp_path: Path):
 
 def test_fifty_kills_lose_no_device_format_nothing_twice_and_leave_the_data_as_it_was(driver: DriverProcess):
     print(f"TATAMI_STORM_SEED={SEED} TATAMI_STORM_KILLS={KILLS}")
+    have_own_mounts()
     rng = random.Random(SEED)
     driver.start()
     images = [Image(f"image-{kind}", kind, driver.kubelet) for kind in SIZES]

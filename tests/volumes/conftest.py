@@ -1,6 +1,5 @@
 """Pools, disks and a bench for each test; what stays mounted is unmounted."""
 
-import ctypes
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -11,11 +10,10 @@ from bench import Bench, make_bench, unmount_below
 from hypothesis import settings
 
 from csi_driver.config import HostPathPool
+from tests.own_mounts import have_own_mounts
 
 settings.register_profile("whatever the machine is busy with", deadline=None)
 settings.load_profile("whatever the machine is busy with")
-
-_CLONE_NEWNS = 0x20000  # unshare(2)
 
 
 @pytest.fixture(autouse=True)
@@ -26,10 +24,7 @@ def everything_is_unmounted_in_the_end(tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def own_mounts() -> None:
-    """From here on this process has mounts of its own: whoever copies the machine's (unshare -m) would keep our filesystems busy."""
-    if os.geteuid() == 0:
-        assert ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNS) == 0, os.strerror(ctypes.get_errno())
-        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    have_own_mounts()
 
 
 @pytest.fixture
