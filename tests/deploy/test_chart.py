@@ -2,13 +2,14 @@
 
 import json
 import re
+from fractions import Fraction
 
 import click
 import pytest
 
 from csi_driver import __version__
 from csi_driver.cli import serve
-from csi_driver.config import DEFAULT_NAMES, DEFAULT_POOL_PATH, ServeOptions, load_settings, parse_settings
+from csi_driver.config import DEFAULT_NAMES, DEFAULT_POOL_PATH, Budget, ServeOptions, load_settings, parse_settings
 from csi_driver.volumes import parameters
 from csi_driver.volumes.model import OnDelete
 from tests.deploy.conftest import NFS, ROOT
@@ -121,11 +122,13 @@ def test_the_pools_are_accepted_by_the_drivers_own_parser(everything, kind):
 
 def test_all_that_pools_can_say_arrives(objects, tmp_path):
     values = tmp_path / "values.yaml"
-    pools = "{default: {path: '/mnt/ä<&>x'}, b-2: {path: /b, inline: true}}"
+    budget = "size: 500Gi, overcommit: 1.5, reserve: 5%"
+    pools = f"{{default: {{path: '/mnt/ä<&>x', {budget}}}, b-2: {{path: /b, inline: true}}}}"
     values.write_text(f"hostpath: {{defaultPool: b-2, maxVolumesPerNode: 110, pools: {pools}}}\n")
     text = named(objects(f"--values={values}"), "ConfigMap", "tatami-hostpath")["data"]["pools.toml"]
     settings = parse_settings(text.encode(), "pools.toml")
     assert (settings.default_pool, settings.max_volumes_per_node) == ("b-2", 110)
+    assert settings.pools["default"].budget == Budget(500 * 1024**3, Fraction(3, 2), 0, Fraction(1, 20))
     assert {str(pool.path): pool.inline for pool in settings.pools.values()} == {"/mnt/ä<&>x": False, "/b": True}
 
 
