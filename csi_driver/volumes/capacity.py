@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from csi_driver.errors import InvalidArgument
 from csi_driver.volumes import access
+from csi_driver.volumes.images import fitting_size
 from csi_driver.volumes.model import Capability, Capacity, ClassParameters, Topology
 from csi_driver.volumes.pools import Pools, PoolStore
 from csi_driver.volumes.promises import Promises
@@ -38,7 +39,7 @@ class PoolCapacity:
         ]
         # A volume lies in one pool, so what the roomiest can promise is the largest volume as well.
         most = max(available, default=0)
-        return Capacity(available_bytes=most, maximum_volume_bytes=most)
+        return Capacity(most, most, fitting_size(form, 0) or None)
 
     def _available(self, store: PoolStore) -> int:
         space = store.space()

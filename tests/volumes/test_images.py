@@ -20,7 +20,7 @@ from csi_driver.errors import (
 )
 from csi_driver.linux import mountinfo
 from csi_driver.linux.mountinfo import topmost_mount_at
-from csi_driver.volumes.model import AccessMode, AccessType, Capability, Layout, Ownership
+from csi_driver.volumes.model import AccessMode, AccessType, Capability, ClassParameters, Layout, Ownership
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_mounts")]
 KINDS = ("ext4", "xfs")
@@ -270,6 +270,15 @@ def test_a_filesystem_gets_the_least_size_that_it_can_have(bench):
     with pytest.raises(OutOfRange, match="limit_bytes"):
         make_image(bench, "b", filesystem("xfs"), size=MIB, limit=10 * MIB)
     assert make_image(bench, "c", filesystem(), size=20 * MIB + 1).record.capacity_bytes == 20 * MIB + 4096
+
+
+def test_the_least_size_is_told_with_the_capacity(bench):
+    capacity = bench.domain.services.capacity
+    images = ClassParameters(layout=Layout.IMAGE)
+    assert capacity.available(images, [filesystem("xfs")], None).minimum_volume_bytes == LEAST["xfs"]
+    assert capacity.available(images, [block()], None).minimum_volume_bytes == MIB
+    assert capacity.available(ClassParameters(), [mount_capability()], None).minimum_volume_bytes is None
+    assert capacity.available(ClassParameters(layout=Layout.DIRECTORY), [block()], None).available_bytes == 0
 
 
 def test_a_pool_without_room_for_the_filesystem_says_so_and_keeps_nothing(tmp_path, make_disk):
