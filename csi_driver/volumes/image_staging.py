@@ -11,7 +11,6 @@ happened when the volume was made; and letting go of a device that somebody stil
 
 import logging
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,20 +18,18 @@ from pathlib import Path
 from csi_driver.errors import DeadlineExceeded, FailedPrecondition, NotFound, Unavailable, quoted
 from csi_driver.linux import image_child, image_filesystems, loop_devices, mounts
 from csi_driver.linux.bind_flags import parse_bind_flags
-from csi_driver.linux.commands import CommandFailed
 from csi_driver.linux.holders import Holder
 from csi_driver.linux.mountinfo import topmost_mount_at
 from csi_driver.volumes.handles import parse_handle
+from csi_driver.volumes.image_mounts import ImageFilesystems
 from csi_driver.volumes.images import SECTOR_BYTES
-from csi_driver.volumes.jobs import JobControl, Jobs
+from csi_driver.volumes.jobs import Jobs
 from csi_driver.volumes.model import AccessMode, AccessType, Capability, Form, Layout, Usage, UsageSource, VolumeStats
 from csi_driver.volumes.node_state import NodeState, NodeVolumeRecord
 from csi_driver.volumes.pools import Pools, PoolStore
 from csi_driver.volumes.unmounting import UNMOUNT_SECONDS
 
 _SECONDS = 30.0
-_CHECK_SECONDS = 24 * 3600.0
-_CHECK_WAIT_SECONDS = 75.0  # the kubelet waits for two minutes, and the rest takes its time, too
 _TRIM_SECONDS = 10.0
 _FLAGS = "volume_capability.mount.mount_flags"
 
@@ -45,7 +42,7 @@ class ImageStaging:
     def __init__(self, pools: Pools, state: NodeState, jobs: Jobs, node_id: str, boot_id: str) -> None:
         self._pools = pools
         self._state = state
-        self._jobs = jobs
+        self._filesystems = ImageFilesystems(jobs)
         self._node_id = node_id
         self._boot_id = boot_id
 
@@ -70,7 +67,7 @@ class ImageStaging:
             image_child.take_new_size(place, known.device, _SECONDS)
         if not block:
             try:
-                self._mount(known, capability, staging)
+                self._filesystems.mount(known, capability, staging)
             except FailedPrecondition as error:
                 known = self._state.volumes.replace(replace(known, fault=str(error)))
                 raise
@@ -102,41 +99,6 @@ class ImageStaging:
         if read_only and not known.device:
             named = replace(named, device=found.name)
         return self._state.volumes.replace(named)
-
-    def _mount(self, known: NodeVolumeRecord, capability: Capability, staging: Path) -> None:
-        node, fs_type = loop_devices.node_of(known.device), known.form.fs_type
-        found = image_child.recognise(node, _SECONDS)
-        if found is None or found[0] != fs_type:
-            raise FailedPrecondition(
-                f"the image of volume {quoted(known.handle)} does not begin with the {fs_type} that was made in it; it is left as it is"
-            )
-        self._check(known)
-        if found[1] < loop_devices.size_of(known.device) and not image_filesystems.may_grow_mounted(fs_type):
-            image_filesystems.grow_unmounted(node, _CHECK_WAIT_SECONDS)
-        image_filesystems.mount(
-            node,
-            staging,
-            fs_type,
-            parse_bind_flags(capability.mount_flags, _FLAGS),
-            read_only=capability.access_mode.reader_only,
-            seconds=_CHECK_WAIT_SECONDS,
-        )
-        if image_filesystems.may_grow_mounted(fs_type):
-            self._grow_filesystem(known)
-
-    def _check(self, known: NodeVolumeRecord) -> None:
-        """Check the filesystem in a job that a retry joins: of a large one that was not unmounted, it can take its time."""
-
-        def work(job: JobControl) -> None:
-            node = loop_devices.node_of(known.device)
-            try:
-                image_filesystems.check(node, known.form.fs_type, _CHECK_SECONDS, job.should_stop)
-            except FailedPrecondition as damage:
-                raise FailedPrecondition(
-                    f"the filesystem of volume {quoted(known.handle)} needs a person: {damage}. docs/images.md says how to repair it"
-                ) from damage
-
-        self._jobs.run(_check_key(known.handle), work, time.monotonic() + _CHECK_WAIT_SECONDS)
 
     # --- what is there --------------------------------------------------------------------------------------------------------------
 
@@ -210,25 +172,12 @@ class ImageStaging:
             if self._is_attached(known, name):
                 image_child.take_new_size(place, name, _SECONDS)
         size = loop_devices.size_of(known.device)
-        self._grow_filesystem(known)
+        self._filesystems.grow(known)
         return size
 
     def complete(self, known: NodeVolumeRecord) -> None:
         """Do what a crash cut off after the mount: a filesystem that came with a smaller origin is made as large as its volume."""
-        if image_filesystems.may_grow_mounted(known.form.fs_type):
-            self._grow_filesystem(known)
-
-    def _grow_filesystem(self, known: NodeVolumeRecord) -> None:
-        if known.form.access_type is AccessType.BLOCK or known.access_mode.reader_only:
-            return
-        node, size = loop_devices.node_of(known.device), loop_devices.size_of(known.device)
-        found = image_child.recognise(node, _SECONDS)
-        if found is not None and found[1] == size:
-            return
-        try:
-            image_filesystems.grow_mounted(node, Path(known.staging_path), known.form.fs_type)
-        except CommandFailed as error:
-            raise Unavailable(f"the filesystem of volume {quoted(known.handle)} could not be grown yet: {error}") from error
+        self._filesystems.grow_if_allowed(known)
 
     # --- unstage ------------------------------------------------------------------------------------------------------------------
 
@@ -237,7 +186,7 @@ class ImageStaging:
 
         Raises Unavailable while somebody still uses the filesystem or the device: another node must not have it before.
         """
-        self._jobs.cancel(_check_key(known.handle))
+        self._filesystems.stop_check(known.handle)
         self._unmount(known, staging)
         place = self.place_of(known)
         for name in {known.device, known.read_only_device, *self._unrecorded(known)} - {""}:
@@ -316,10 +265,6 @@ class ImageStaging:
 def boot_id() -> str:
     """Return what the kernel calls this boot (random(4))."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def _check_key(handle: str) -> str:
-    return f"check of {handle}"
 
 
 def _shows_device(target: Path, name: str) -> bool:
