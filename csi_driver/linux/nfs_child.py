@@ -1,34 +1,23 @@
 """What a node does to an NFS mount, done in a child that can be killed.
 
 On a hard mount of a dead server every look may wait without end: stat, statfs, opening the mount's root in order to bind it, sync.
-SIGKILL ends such a wait (TASK_KILLABLE), but only of a whole process. So each of these is one run of this module as a program, and
-the driver itself never touches what it mounts for pods.
-
-A child answers with one line of JSON: a result, or the errno of what failed.
+So each of these is one run of this module as a program (children.py), and the driver itself never touches what it mounts for pods.
 """
 
-import errno
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from csi_driver.errors import DeadlineExceeded, TatamiError, Unavailable
-from csi_driver.linux import commands, mounts
+from csi_driver.linux import children, mounts
 from csi_driver.linux.bind_flags import MountAttributes
 from csi_driver.linux.group_change import give_to_group
 from csi_driver.linux.system_calls import sync_filesystem
 from csi_driver.linux.trees import measure_tree
 
-_ROOT = Path(__file__).resolve().parents[2]
-# -I and -S: nothing of the environment, no site-packages; such a start takes some 50 ms.
-_START = (
-    "import sys; sys.path.insert(0, sys.argv.pop(1)); from csi_driver.linux import nfs_child; nfs_child.main(*sys.argv[1:])"
-)
 _PROGRESS_SECONDS = 0.5
 _SILENCE_SECONDS = 60.0
 """How long a child that counts on says nothing before its server is taken for dead."""
@@ -89,15 +78,7 @@ def change_group(mounted: Path, gid: int, seconds: float, should_stop: Callable[
 def _ask(
     operation: str, mounted: Path, *arguments: str, seconds: float, watch: Callable[[bytes], bool] | None = None
 ) -> Mapping[str, Any]:
-    argv = [sys.executable, "-I", "-S", "-c", _START, os.fspath(_ROOT), operation, os.fspath(mounted), *arguments]
-    try:
-        said = commands.run(argv, timeout=seconds, should_stop=watch).stdout
-    except DeadlineExceeded as error:
-        raise Unavailable(f"{mounted}: its server did not answer in time ({operation}, {seconds:g} s)") from error
-    answer = json.loads(said.splitlines()[-1])
-    if "errno" in answer:
-        raise OSError(answer["errno"], answer["error"], os.fspath(mounted))
-    return dict(answer)
+    return children.ask(__name__, operation, mounted, *arguments, seconds=seconds, watch=watch)
 
 
 # --- in the child -----------------------------------------------------------------------------------------------------------------
@@ -105,13 +86,7 @@ def _ask(
 
 def main(operation: str, mounted: str, *arguments: str) -> None:
     """Do one operation and print its answer."""
-    try:
-        answer = _OPERATIONS[operation](mounted, *arguments)
-    except OSError as error:
-        answer = {"errno": error.errno or errno.EIO, "error": error.strerror or str(error)}
-    except TatamiError as error:
-        answer = {"errno": errno.EBUSY, "error": str(error)}
-    print(json.dumps(answer))  # noqa: T201  # a program's answer
+    children.answer(_OPERATIONS, operation, mounted, *arguments)
 
 
 def _look(mounted: str) -> dict[str, Any]:

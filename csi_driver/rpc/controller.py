@@ -9,6 +9,7 @@ from csi_driver.rpc import calls, replies, requests
 from csi_driver.rpc import csi_pb2 as csi
 from csi_driver.rpc.csi_pb2_grpc import ControllerServicer
 from csi_driver.rpc.fields import parse_handle, parse_page
+from csi_driver.volumes.model import Layout
 from csi_driver.volumes.services import AttachmentService, CapacityService, HealthService, SnapshotService, VolumeService
 
 _Context = grpc.ServicerContext
@@ -69,9 +70,11 @@ class Controller(ControllerServicer):
     def ControllerExpandVolume(
         self, request: csi.ControllerExpandVolumeRequest, context: _Context
     ) -> csi.ControllerExpandVolumeResponse:
-        size = self._volumes.expand(*requests.parse_expand(request))
-        # A directory grows for all nodes at once: there is nothing left for the node to do.
-        return csi.ControllerExpandVolumeResponse(capacity_bytes=size, node_expansion_required=False)
+        handle, capacity, capability = requests.parse_expand(request)
+        size = self._volumes.expand(handle, capacity, capability)
+        # A directory grows for all nodes at once; an image's device and filesystem grow where they are used.
+        on_node = self._volumes.get(handle).record.form.layout is Layout.IMAGE
+        return csi.ControllerExpandVolumeResponse(capacity_bytes=size, node_expansion_required=on_node)
 
     def ControllerModifyVolume(
         self, request: csi.ControllerModifyVolumeRequest, context: _Context

@@ -174,7 +174,7 @@ def _time(nanoseconds: int) -> Timestamp:
 
 
 def _usage(unit: csi.VolumeUsage.Unit.ValueType, usage: Usage) -> csi.VolumeUsage:
-    return csi.VolumeUsage(unit=unit, used=usage.used, total=usage.total or 0, available=usage.available or 0)
+    return csi.VolumeUsage(unit=unit, used=usage.used or 0, total=usage.total or 0, available=usage.available or 0)
 
 
 def _short(text: str) -> str:

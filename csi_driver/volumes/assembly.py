@@ -19,6 +19,7 @@ from csi_driver.volumes.contents import Contents
 from csi_driver.volumes.expansion import NodeExpansion
 from csi_driver.volumes.groups import Groups
 from csi_driver.volumes.health import Health
+from csi_driver.volumes.image_staging import ImageStaging, boot_id
 from csi_driver.volumes.inline import InlineVolumes
 from csi_driver.volumes.jobs import Jobs
 from csi_driver.volumes.locks import KeyedLocks
@@ -26,6 +27,7 @@ from csi_driver.volumes.model import NodeInfo, Topology
 from csi_driver.volumes.mount_groups import MountGroups
 from csi_driver.volumes.node import Node
 from csi_driver.volumes.node_state import NodeState
+from csi_driver.volumes.node_volumes import NodeVolumes
 from csi_driver.volumes.nodes import Nodes
 from csi_driver.volumes.placement import Placements
 from csi_driver.volumes.pools import Pools, PoolStore
@@ -36,6 +38,7 @@ from csi_driver.volumes.removal import SnapshotRemoval, VolumeRemoval
 from csi_driver.volumes.services import Services
 from csi_driver.volumes.snapshots import Snapshots
 from csi_driver.volumes.sources import Sources
+from csi_driver.volumes.stager import Stager
 from csi_driver.volumes.sweeper import Sweeper
 from csi_driver.volumes.turns import Turns
 from csi_driver.volumes.usage import UsageCounter
@@ -139,9 +142,10 @@ def assemble(installation: Installation) -> Domain:
     health = Health(pools, promises)
     state = NodeState(installation.state_directory, installation.driver)
     placements = Placements(pools, installation.node_id)
-    publisher = Publisher(
-        pools, locks, state, placements, InlineVolumes(pools, provisioner), MountGroups(jobs), installation.kubelet_dir
-    )
+    images = ImageStaging(pools, state, jobs, installation.node_id, boot_id())
+    node_volumes = NodeVolumes(pools, locks, state, MountGroups(jobs), images, installation.kubelet_dir)
+    stager = Stager(pools, locks, node_volumes, placements)
+    publisher = Publisher(pools, node_volumes, placements, InlineVolumes(pools, provisioner))
     info = NodeInfo(installation.node_id, installation.max_volumes_per_node, installation.topology)
     nodes = Nodes(
         installation.node_id,
@@ -156,7 +160,9 @@ def assemble(installation: Installation) -> Domain:
         snapshots=snapshots if controller else None,
         groups=groups if controller else None,
         capacity=PoolCapacity(pools, promises) if controller else None,
-        node=Node(info, pools, state, publisher, UsageCounter(jobs), health, provisioner) if installation.node else None,
+        node=Node(info, pools, node_volumes, stager, publisher, UsageCounter(jobs), health, provisioner)
+        if installation.node
+        else None,
         expansion=NodeExpansion(installation.expansion) if installation.expansion else None,
     )
     # A node alone does not sweep what lies behind a server: there the controller does.

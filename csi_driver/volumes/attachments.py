@@ -9,7 +9,7 @@ from dataclasses import replace
 from csi_driver.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, quoted
 from csi_driver.volumes import access
 from csi_driver.volumes.locks import KeyedLocks
-from csi_driver.volumes.model import Capability, NodePublication, Phase, VolumeRecord
+from csi_driver.volumes.model import Capability, Form, NodePublication, Phase, VolumeRecord
 from csi_driver.volumes.nodes import Nodes
 from csi_driver.volumes.placement import find_static, publish_context, static_store
 from csi_driver.volumes.pools import Pools, PoolStore
@@ -37,12 +37,12 @@ class Attachments:
             # A static volume has no record: whoever made the PV answers for its use.
             static = static_store(self._pools, handle, context)
             self._nodes.check(publication.node_id)
-            if problem := access.unsupported(capability, static.backend):
+            if problem := access.unsupported(capability, static.backend, Form()):
                 raise InvalidArgument(problem)
             return publish_context(static, find_static(static, context), None)
         store, record = self._find(located, handle)
         self._nodes.check(publication.node_id)
-        if problem := access.unsupported(capability, store.backend):
+        if problem := access.unsupported(capability, store.backend, record.form):
             raise InvalidArgument(problem)
         with self._locks.hold(store, f"volume:{record.id}"):
             _, record = self._find(located, handle)

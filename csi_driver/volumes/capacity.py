@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from csi_driver.errors import InvalidArgument
 from csi_driver.volumes import access
+from csi_driver.volumes.images import fitting_size
 from csi_driver.volumes.model import Capability, Capacity, ClassParameters, Topology
 from csi_driver.volumes.pools import Pools, PoolStore
 from csi_driver.volumes.promises import Promises
@@ -26,15 +27,19 @@ class PoolCapacity:
         stores = list(self._pools) if name is None else [store for store in self._pools if store.name == name]
         if not stores:
             raise InvalidArgument.field('parameters["pool"]', name, f"no such pool; allowed are {self._pools.names()}")
+        try:
+            form = access.form_for(parameters.layout, capabilities)
+        except InvalidArgument:
+            return Capacity(0, 0)  # no volume can be so
         available = [
             self._available(store)
             for store in stores
             if store.reachable_from((topology,) if topology else ())
-            and not any(access.unsupported(capability, store.backend) for capability in capabilities)
+            and not any(access.unsupported(capability, store.backend, form) for capability in capabilities)
         ]
         # A volume lies in one pool, so what the roomiest can promise is the largest volume as well.
         most = max(available, default=0)
-        return Capacity(available_bytes=most, maximum_volume_bytes=most)
+        return Capacity(most, most, fitting_size(form, 0) or None)
 
     def _available(self, store: PoolStore) -> int:
         space = store.space()

@@ -16,7 +16,7 @@ from csi_driver.linux.copies import copy_tree
 from csi_driver.linux.inode_flags import clear_holding_flags
 from csi_driver.linux.priorities import stand_back
 from csi_driver.volumes.jobs import JobCancelled, JobControl
-from csi_driver.volumes.model import CaptureReport
+from csi_driver.volumes.model import CaptureReport, Form, Layout
 from csi_driver.volumes.pools import STAGING, PoolStore
 from csi_driver.volumes.turns import Turns
 
@@ -33,9 +33,12 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _log = logging.getLogger(__name__)
 
 
-def consistency_of(report: CaptureReport) -> str:
-    """Say honestly what a capture shows: one moment, or each file as it was when it was read."""
-    return POINT_IN_TIME if report.method == SUBVOLUME else FILE_BY_FILE
+def consistency_of(report: CaptureReport, form: Form) -> str:
+    """Say honestly what a capture shows: one moment, or each file as it was when it was read.
+
+    An image is one file, captured at once or while nobody writes to it (images.py): a crash-consistent filesystem.
+    """
+    return POINT_IN_TIME if report.method == SUBVOLUME or form.layout is Layout.IMAGE else FILE_BY_FILE
 
 
 class Captures:

@@ -17,9 +17,10 @@ from csi_driver.linux import btrfs, files
 from csi_driver.linux.system_calls import InodeReader
 from csi_driver.linux.trees import apply_owner_and_mode
 from csi_driver.volumes.captures import Captures
+from csi_driver.volumes.images import AT_ONCE, forget_holder, in_use, look_at_image, make_image, resize_image
 from csi_driver.volumes.jobs import JobControl
 from csi_driver.volumes.locks import KeyedLocks
-from csi_driver.volumes.model import CaptureReport, Ownership, SourceKind, VolumeRecord
+from csi_driver.volumes.model import A_DIRECTORY, CaptureReport, Form, Layout, Ownership, SourceKind, VolumeRecord
 from csi_driver.volumes.pools import SNAPSHOT_DATA, STAGING, PoolStore, exists_at
 from csi_driver.volumes.trash import volumes_being_deleted
 
@@ -37,6 +38,7 @@ class Source:
     record_id: str
     directory: str = ""
     bytes: int | None = None  # how much it holds, where that is known
+    form: Form = A_DIRECTORY
 
 
 def content_key(record_id: str) -> str:
@@ -56,11 +58,16 @@ class Contents:
     # --- build --------------------------------------------------------------------------------------------------------------------
 
     def make_empty(self, store: PoolStore, record: VolumeRecord) -> None:
-        """Make an empty directory in staging, with the owner and mode that the class asks for."""
+        """Make an empty directory in staging, with the owner and mode that the class asks for, or one that holds an empty image."""
         store.trash_staging(record.id)
         with store.open(STAGING) as staging:
             name = _staging_name(record.id, record.token)
             self._captures.make_empty(store, staging, name)
+            if record.form.layout is Layout.IMAGE:
+                with _Descriptor(os.open(name, _DIRECTORY, dir_fd=staging)) as top:
+                    make_image(top.fd, record.form, record.capacity_bytes, record.ownership)
+                self._dress(staging, name, Ownership())
+                return
             mode = _NEW_VOLUME_MODE if record.ownership.mode is None else record.ownership.mode
             self._dress(staging, name, replace(record.ownership, mode=mode))
 
@@ -72,17 +79,38 @@ class Contents:
         source: Source,
         ownership: Ownership | None,
         job: JobControl,
+        size_bytes: int = 0,
     ) -> CaptureReport:
         """Copy `source`, which the caller holds (sources.py), into staging, all of it or nothing, and bring it to disk.
 
-        Raises FailedPrecondition when the content is missing, JobCancelled, OSError (ENOSPC, EDQUOT, EIO).
+        An image is made at least `size_bytes` large; its filesystem keeps the owner that it has. Raises FailedPrecondition when the
+        content is missing, or an image that a node has and that this pool cannot capture at once, JobCancelled, OSError (ENOSPC, EIO).
         """
         store.trash_staging(record_id)
         name = _staging_name(record_id, token)
         with _open_source(source) as origin, store.open(STAGING) as staging:
             job.total_bytes = source.bytes
+            if source.form.layout is Layout.IMAGE:
+                return self._copy_image(store, origin.fd, staging, name, job, size_bytes)
             report = self._captures.capture(store, origin.fd, staging, name, job)
             self._dress(staging, name, ownership or Ownership())
+        return report
+
+    def _copy_image(
+        self, store: PoolStore, origin: int, staging: int, name: str, job: JobControl, size_bytes: int
+    ) -> CaptureReport:
+        """Copy an image: at once where a node has it, for a copy bit by bit would be of no moment at all."""
+        before = look_at_image(origin)
+        if before.held and self._captures.abilities_of(store).best not in AT_ONCE:
+            raise in_use(store.name)
+        report = self._captures.capture(store, origin, staging, name, job)
+        if report.method not in AT_ONCE and (before.held or look_at_image(origin) != before):
+            store.trash_staging(name.partition(".")[0])
+            raise in_use(store.name)
+        with _Descriptor(os.open(name, _DIRECTORY, dir_fd=staging)) as top:
+            forget_holder(top.fd)
+            resize_image(top.fd, size_bytes)
+            os.fsync(top.fd)
         return report
 
     @contextmanager
@@ -95,6 +123,12 @@ class Contents:
         with _Descriptor(os.open(name, _DIRECTORY, dir_fd=staging)) as top:
             apply_owner_and_mode(top.fd, ownership.uid, ownership.gid, ownership.mode)
             os.fsync(top.fd)  # its name in staging may be lost in a crash: nobody looks for it there
+
+    def resize(self, store: PoolStore, record: VolumeRecord) -> None:
+        """Make what holds the volume as large as its record says; a directory has no size. Raises OSError, NotFound."""
+        if record.form.layout is Layout.IMAGE:
+            with store.open_volume(record.directory) as top:
+                resize_image(top, record.capacity_bytes)
 
     def discard(self, store: PoolStore, record_id: str) -> None:
         """Throw away what is being built for `record_id`."""

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Sequence
 
 from csi_driver.errors import NotFound, RecordDamaged, TatamiError, Unavailable, quoted
-from csi_driver.volumes.model import HealthEntry, HealthLevel, Page, Phase, VolumeHealth, VolumeRecord
+from csi_driver.volumes.images import look_at_image
+from csi_driver.volumes.model import HealthEntry, HealthLevel, Layout, Page, Phase, VolumeHealth, VolumeRecord
 from csi_driver.volumes.paging import take_page
 from csi_driver.volumes.pools import Pools, PoolStore
 from csi_driver.volumes.promises import Promises
@@ -80,8 +81,13 @@ class Health:
 def volume_problems(store: PoolStore, record: VolumeRecord) -> list[HealthEntry]:
     """Look at the volume's directory."""
     try:
-        with store.open_volume(record.directory):
+        with store.open_volume(record.directory) as top:
+            if record.form.layout is Layout.IMAGE:
+                look_at_image(top)
             return []
+    except FileNotFoundError:
+        message = f"the image of volume {record.handle} is missing from {record.directory} of pool {store.name}"
+        return [HealthEntry(HealthLevel.DATA_LOSS, "ImageMissing", message)]
     except NotFound:
         return [
             HealthEntry(

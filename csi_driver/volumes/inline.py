@@ -14,6 +14,7 @@ from csi_driver.volumes.model import (
     CapacityRange,
     ClassParameters,
     CreateVolume,
+    Layout,
     Ownership,
     VolumeRecord,
 )
@@ -64,7 +65,7 @@ class InlineVolumes:
             name=inline_name(handle),
             capacity=CapacityRange(required_bytes=parameters.size_bytes or DEFAULT_CAPACITY_BYTES),
             capabilities=(capability,),
-            parameters=ClassParameters(pool=store.name, ownership=Ownership(mode=_MODE)),
+            parameters=ClassParameters(pool=store.name, ownership=Ownership(mode=_MODE), layout=Layout.DIRECTORY),
             ephemeral=True,
         )
         return self._provisioner.create(request, time.monotonic() + _SECONDS).record

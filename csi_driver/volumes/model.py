@@ -42,6 +42,19 @@ class Layout(StrEnum):
     """How a volume is stored in its pool."""
 
     DIRECTORY = "directory"
+    IMAGE = "image"
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a volume is stored and what pods see of it; `fs_type` is an image's filesystem, "" in a directory and in raw block."""
+
+    layout: Layout = Layout.DIRECTORY
+    access_type: AccessType = AccessType.MOUNT
+    fs_type: str = ""
+
+
+A_DIRECTORY = Form()
 
 
 class OnDelete(StrEnum):
@@ -118,6 +131,7 @@ class ClassParameters:
     on_delete: OnDelete = OnDelete.DELETE
     ownership: Ownership = Ownership()
     verify: bool = False  # restore only snapshots that are what they were
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True)
@@ -215,7 +229,7 @@ class VolumeRecord:
     created_at_ns: int
     directory: str
     capacity_bytes: int
-    layout: Layout = Layout.DIRECTORY
+    form: Form = A_DIRECTORY
     on_delete: OnDelete = OnDelete.DELETE
     ownership: Ownership = Ownership()
     directory_template: str | None = None
@@ -247,6 +261,7 @@ class SnapshotRecord:
     consistency: str | None = None
     capture: CaptureReport | None = None
     manifest: ManifestSummary | None = None
+    form: Form = A_DIRECTORY
 
 
 @dataclass(frozen=True)
@@ -324,7 +339,7 @@ class VolumeHealth:
 class Usage:
     """One unit of NodeGetVolumeStats; None where the driver does not know."""
 
-    used: int
+    used: int | None
     total: int | None
     available: int | None
 
@@ -333,6 +348,8 @@ class UsageSource(StrEnum):
     """Where the numbers of a volume's usage come from."""
 
     WALK = "walk"
+    FILESYSTEM = "filesystem"  # of an image, by statvfs(3)
+    DEVICE = "device"  # raw block: its size is all that is known
 
 
 @dataclass(frozen=True)

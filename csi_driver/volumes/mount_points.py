@@ -1,4 +1,4 @@
-"""Where mounts may be made on a node, and the empty directories that they are made on."""
+"""Where mounts may be made on a node, and the empty directories and files that they are made on."""
 
 import os
 import stat
@@ -9,6 +9,7 @@ from csi_driver.errors import AlreadyExists, FailedPrecondition, InvalidArgument
 from csi_driver.linux.mountinfo import Mount
 
 _TARGET_MODE = 0o750
+_FILE_MODE = 0o640
 _PATH_MAX, _NAME_MAX = 4096, 255  # limits.h
 
 
@@ -69,9 +70,30 @@ def make_empty_directory(field: str, path: Path) -> None:
             )
 
 
-def remove_empty_directory(path: Path) -> None:
-    """Remove `path` if it is an empty directory; else leave it: never a recursive removal, and the kubelet names what it finds."""
+def make_empty_file(field: str, path: Path) -> None:
+    """Make `path` (its parent exists) or find it there, empty: what a device's node is bound onto. Raises FailedPrecondition."""
     try:
-        path.rmdir()
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, _FILE_MODE))
+    except FileExistsError:
+        pass
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FailedPrecondition(
+            f"{field} {path}: its parent directory does not exist; the container orchestrator makes it"
+        ) from error
+    else:
+        return
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size:
+        raise FailedPrecondition(f"{field} {path} exists and is no empty file; it is left as it is")
+
+
+def remove_empty(path: Path) -> None:
+    """Remove `path` if it is an empty directory or file; else leave it: never a recursive removal, and the kubelet names what it finds."""
+    try:
+        if stat.S_ISREG((status := path.lstat()).st_mode):
+            if not status.st_size:
+                path.unlink()
+        else:
+            path.rmdir()
     except OSError:
         return

@@ -14,6 +14,7 @@ from csi_driver.volumes.model import (
     CapacityRange,
     HealthEntry,
     HealthLevel,
+    Layout,
     NodeInfo,
     PublishVolume,
     StageVolume,
@@ -21,10 +22,12 @@ from csi_driver.volumes.model import (
     VolumeRecord,
     VolumeStats,
 )
-from csi_driver.volumes.node_state import NodeState, NodeVolumeRecord
+from csi_driver.volumes.node_state import NodeVolumeRecord
+from csi_driver.volumes.node_volumes import NodeVolumes
 from csi_driver.volumes.pools import Pools, PoolStore
 from csi_driver.volumes.publisher import Publisher
 from csi_driver.volumes.services import VolumeService
+from csi_driver.volumes.stager import Stager
 from csi_driver.volumes.usage import UsageCounter
 
 _log = logging.getLogger(__name__)
@@ -37,7 +40,8 @@ class Node:
         self,
         info: NodeInfo,
         pools: Pools,
-        state: NodeState,
+        here: NodeVolumes,
+        stager: Stager,
         publisher: Publisher,
         usage: UsageCounter,
         health: Health,
@@ -45,7 +49,8 @@ class Node:
     ) -> None:
         self._info = info
         self._pools = pools
-        self._state = state
+        self._here = here
+        self._stager = stager
         self._publisher = publisher
         self._usage = usage
         self._health = health
@@ -55,10 +60,10 @@ class Node:
         return self._info
 
     def stage(self, request: StageVolume) -> None:
-        self._publisher.stage(request)
+        self._stager.stage(request)
 
     def unstage(self, handle: str, staging_path: str) -> None:
-        self._publisher.unstage(handle, staging_path)
+        self._stager.unstage(handle, staging_path)
 
     def publish(self, request: PublishVolume) -> None:
         self._publisher.publish(request)
@@ -68,7 +73,9 @@ class Node:
 
     def stats(self, handle: str, volume_path: str, deadline: float) -> VolumeStats:
         """Return the usage of a volume that is mounted at `volume_path`. Raises NotFound, OperationPending while it is counted."""
-        known = self._publisher.find_published(handle, volume_path)
+        known = self._here.find_mounted(handle, volume_path)
+        if known.form.layout is Layout.IMAGE:
+            return self._here.images.stats(known)
         store, record = self._find(known)
         capacity = record.capacity_bytes if record else known.capacity_bytes
         found = self._usage.stats(store, known.directory, capacity, deadline, Path(os.path.normpath(volume_path)))
@@ -79,15 +86,19 @@ class Node:
         return found
 
     def expand(self, handle: str, volume_path: str, capacity: CapacityRange) -> int:
-        """Return the size that the volume has; one of a node-local pool is made larger here, where its record is.
+        """Return the size that the volume has; one of a node-local pool is made larger here, where its record is, an image where it is used.
 
-        Raises NotFound, OutOfRange (also of what ControllerExpandVolume should have done), OperationPending.
+        Raises NotFound, OutOfRange (also of what ControllerExpandVolume should have done), OperationPending, what ImageStaging.grow raises.
         """
-        known = self._publisher.find_published(handle, volume_path)
+        known = self._here.find_mounted(handle, volume_path)
         store, record = self._find(known)
+        if known.form.layout is Layout.IMAGE:
+            if store.backend.node_local:
+                self._volumes.expand(handle, capacity, None)
+            return self._expand_image(handle, capacity)
         if store.backend.remote and known.capacity_bytes is not None:
             # The controller has made it larger; this node knows its size from when it was staged.
-            self._publisher.grown(handle, capacity.required_bytes)
+            self._here.grown(handle, capacity.required_bytes)
             return max(known.capacity_bytes, capacity.required_bytes)
         if record is not None and store.backend.node_local and not known.ephemeral:
             return self._volumes.expand(handle, capacity, None)
@@ -98,9 +109,22 @@ class Node:
             )
         return size
 
+    def _expand_image(self, handle: str, capacity: CapacityRange) -> int:
+        with self._here.lock(handle):
+            known = self._here.state.get(handle)
+            if known is None:
+                raise NotFound(f"volume {quoted(handle)} is not on this node")
+            size = self._here.images.grow(known)
+        self._here.grown(handle, size)
+        if size < capacity.required_bytes or (capacity.limit_bytes and size > capacity.limit_bytes):
+            raise OutOfRange(
+                f"volume {quoted(handle)} has {size} bytes; ControllerExpandVolume has to make it {capacity.required_bytes} first"
+            )
+        return size
+
     def health(self, handle: str, publish_path: str, staging_path: str) -> VolumeHealth:
         """Say what is wrong with a volume on this node. Raises NotFound."""
-        known = self._state.get(handle)
+        known = self._here.state.get(handle)
         entries: Sequence[HealthEntry] = ()
         store = self._pools.find(known.pool) if known is not None else None
         if known is not None and store is not None and store.backend.remote:
@@ -109,6 +133,8 @@ class Node:
             raise NotFound(f"volume {quoted(handle)} is not on this node")
         elif known is None or not (known.static or known.ephemeral):
             entries = self._health.volume(handle).entries
+        if known is not None and known.fault:
+            entries = (*entries, HealthEntry(HealthLevel.INACCESSIBLE, "FilesystemDamaged", known.fault))
         return VolumeHealth(handle, (*entries, *self._missing_mounts(known, (publish_path, staging_path))))
 
     @staticmethod

@@ -15,7 +15,7 @@ from csi_driver.errors import FailedPrecondition
 from csi_driver.linux import files
 from csi_driver.linux.byte_range_locks import ByteRangeLocks, HeldLock
 from csi_driver.volumes.handles import derive_id
-from csi_driver.volumes.model import AccessMode
+from csi_driver.volumes.model import A_DIRECTORY, AccessMode, Form
 from csi_driver.volumes.records import RecordFolder
 
 _IDENTITIES = "pools.json"
@@ -49,6 +49,11 @@ class NodeVolumeRecord:
     source: str = ""  # what mountinfo calls a remote pool's directory: the pool may have moved to another server since
     capacity_bytes: int | None = None  # of a remote pool: its records are not seen from here
     mount_group: str = ""
+    form: Form = A_DIRECTORY
+    epoch: int = 0  # of the publication that an image is held by
+    device: str = ""  # an image's loop device; whether it still is, sysfs says
+    read_only_device: str = ""
+    fault: str = ""  # why an image's filesystem could not be mounted
 
     @property
     def holds_unsaved_writes(self) -> bool:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from csi_driver.config.values import ConfigError, parse_quantity
 from csi_driver.errors import InvalidArgument, quoted
-from csi_driver.volumes.model import ClassParameters, OnDelete, Ownership
+from csi_driver.volumes.model import ClassParameters, Layout, OnDelete, Ownership
 
 PVC_NAME = "csi.storage.k8s.io/pvc/name"
 PVC_NAMESPACE = "csi.storage.k8s.io/pvc/namespace"
@@ -53,7 +53,7 @@ def parse_class_parameters(parameters: Mapping[str, str], mutable: Mapping[str, 
     Raises InvalidArgument naming the key, its value and what is allowed.
     """
     own = _without_kubernetes(parameters)
-    _refuse_unknown("parameters", own, ("pool", "directory", "onDelete", "uid", "gid", "mode", "verify"))
+    _refuse_unknown("parameters", own, ("pool", "directory", "layout", "onDelete", "uid", "gid", "mode", "verify"))
     on_delete = parse_mutable_parameters(mutable or {}) or _take("parameters", own, "onDelete", _on_delete)
     return ClassParameters(
         pool=_take("parameters", own, "pool", _pool),
@@ -64,6 +64,7 @@ def parse_class_parameters(parameters: Mapping[str, str], mutable: Mapping[str, 
             gid=_take("parameters", own, "gid", _owner),
             mode=_take("parameters", own, "mode", _mode),
         ),
+        layout=_take("parameters", own, "layout", _layout),
     )
 
 
@@ -173,6 +174,13 @@ def _yes_or_no(field: str, value: str) -> bool:
     if value not in {"true", "false"}:
         raise InvalidArgument.field(field, value, 'allowed are "true" and "false"')
     return value == "true"
+
+
+def _layout(field: str, value: str) -> Layout:
+    try:
+        return Layout(value)
+    except ValueError:
+        raise InvalidArgument.field(field, value, "allowed are `directory` and `image`") from None
 
 
 def _owner(field: str, value: str) -> int:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from itertools import chain
 
 from csi_driver.errors import FailedPrecondition, InvalidArgument, NotFound, quoted
+from csi_driver.linux import image_filesystems
 from csi_driver.volumes import access
-from csi_driver.volumes.model import Capability, Layout, Phase, VolumeRecord
+from csi_driver.volumes.model import A_DIRECTORY, AccessType, Capability, Form, Layout, Phase, VolumeRecord
 from csi_driver.volumes.parameters import check_directory, parse_static_parameters
 from csi_driver.volumes.pools import Pools, PoolStore
 from csi_driver.volumes.trash import volumes_being_deleted
@@ -33,6 +34,8 @@ class Placement:
     directory: str
     static: bool
     capacity_bytes: int | None
+    form: Form = A_DIRECTORY
+    epoch: int = 0
 
 
 class Placements:
@@ -57,7 +60,7 @@ class Placements:
             placement = Placement(store, find_static(store, volume_context), static=True, capacity_bytes=None)
         else:
             placement = self._recorded(handle, *located, publish_context)
-        if problem := access.unsupported(capability, placement.store.backend):
+        if problem := access.unsupported(capability, placement.store.backend, placement.form):
             raise InvalidArgument(problem)
         return placement
 
@@ -69,7 +72,8 @@ class Placements:
             _check_publish_context(record, publish_context)
             if not any(publication.node_id == self._node_id for publication in record.published):
                 raise FailedPrecondition(f"volume {quoted(handle)} is not published to this node ({self._node_id})")
-        return Placement(store, record.directory, static=False, capacity_bytes=record.capacity_bytes)
+        epoch = int(publish_context["epoch"]) if publish_context else 0
+        return Placement(store, record.directory, False, record.capacity_bytes, record.form, epoch)
 
 
 def static_store(pools: Pools, handle: str, volume_context: Mapping[str, str]) -> PoolStore:
@@ -111,9 +115,10 @@ def find_static(store: PoolStore, volume_context: Mapping[str, str]) -> str:
 
 def publish_context(store: PoolStore, directory: str, record: VolumeRecord | None) -> dict[str, str]:
     """Say to a node where a volume lies (None: a static one); `_told` reads it."""
-    context = {"directory": directory, "layout": Layout.DIRECTORY.value, "epoch": "0"}
-    if record is not None:
-        context |= {"layout": record.layout.value, "epoch": str(record.epoch)}
+    form = Form() if record is None else record.form
+    context = {"directory": directory, "layout": form.layout.value, "epoch": str(0 if record is None else record.epoch)}
+    if form.layout is Layout.IMAGE:
+        context |= {"accessType": form.access_type.value, "fsType": form.fs_type}
     if store.backend.remote:
         context["pool"] = store.name
         if record is not None:
@@ -131,19 +136,21 @@ def _told(store: PoolStore, handle: str, context: Mapping[str, str], *, static: 
     directory = _parse_publish_context(context)
     if context.get("pool") != store.name:
         raise InvalidArgument.field('publish_context["pool"]', context.get("pool", ""), f"the volume's pool is {store.name}")
-    if context["layout"] != Layout.DIRECTORY:
-        raise InvalidArgument.field('publish_context["layout"]', context["layout"], f"this driver knows {', '.join(Layout)}")
+    form = _parse_form(context)
+    if static and form.layout is Layout.IMAGE:
+        raise InvalidArgument.field('publish_context["layout"]', context["layout"], "static volumes are directories")
     capacity = context.get("capacity")
     if capacity is not None and not _NUMBER.fullmatch(capacity):
         raise InvalidArgument.field('publish_context["capacity"]', capacity, "a number of bytes")
-    return Placement(store, directory, static=static, capacity_bytes=int(capacity) if capacity else None)
+    return Placement(store, directory, static, int(capacity) if capacity else None, form, int(context["epoch"]))
 
 
 def _check_publish_context(record: VolumeRecord, context: Mapping[str, str]) -> None:
     directory = _parse_publish_context(context)
-    if directory != record.directory or context["layout"] != record.layout:
+    form = _parse_form(context)
+    if directory != record.directory or form != record.form:
         raise FailedPrecondition(
-            f"publish_context names {directory} ({context['layout']}), the record {record.directory} ({record.layout})"
+            f"publish_context names {directory} ({access.described(form)}), the record {record.directory} ({access.described(record.form)})"
         )
     if int(context["epoch"]) > record.epoch:
         raise InvalidArgument.field('publish_context["epoch"]', context["epoch"], f"a number up to {record.epoch}")
@@ -157,6 +164,22 @@ def _parse_publish_context(context: Mapping[str, str]) -> str:
     if not _NUMBER.fullmatch(context["epoch"]):
         raise InvalidArgument.field('publish_context["epoch"]', context["epoch"], "a number")
     return check_directory(context["directory"], 'publish_context["directory"]')
+
+
+def _parse_form(context: Mapping[str, str]) -> Form:
+    if context["layout"] == Layout.DIRECTORY:
+        return Form()
+    if context["layout"] != Layout.IMAGE:
+        raise InvalidArgument.field('publish_context["layout"]', context["layout"], f"this driver knows {', '.join(Layout)}")
+    access_type, fs_type = context.get("accessType", ""), context.get("fsType", "")
+    if access_type == AccessType.BLOCK and not fs_type:
+        return Form(Layout.IMAGE, AccessType.BLOCK)
+    if access_type == AccessType.MOUNT and fs_type in image_filesystems.KINDS:
+        return Form(Layout.IMAGE, AccessType.MOUNT, fs_type)
+    raise InvalidArgument(
+        f'publish_context["accessType"] is {quoted(access_type)} and ["fsType"] {quoted(fs_type)}: an image is `block` without a filesystem, or '
+        f"`mount` with {' or '.join(image_filesystems.KINDS)}"
+    )
 
 
 def _overlap(one: str, other: str) -> bool:

@@ -26,6 +26,8 @@ from csi_driver.volumes.model import (
     Capability,
     CapacityRange,
     CreateVolume,
+    Form,
+    Layout,
     OnDelete,
     Page,
     Phase,
@@ -63,7 +65,7 @@ class Provisioner:
         self._removal = removal
         self._verifier = verifier
         self._promises = promises
-        self._expansion = Expansion(pools, locks, promises)
+        self._expansion = Expansion(pools, locks, promises, contents)
 
     # --- create -------------------------------------------------------------------------------------------------------------------
 
@@ -94,9 +96,8 @@ class Provisioner:
         store = self._pools.find(name)
         if store is None:
             raise InvalidArgument.field('parameters["pool"]', name, f"no such pool; allowed are {self._pools.names()}")
-        for capability in request.capabilities:
-            if problem := access.unsupported(capability, store.backend):
-                raise InvalidArgument(problem)
+        if request.source is None:
+            self._choose_form(store, request)
         if not store.reachable_from(request.requisite):
             raise ResourceExhausted(f"pool {store.name} can only be reached from {dict(store.backend.topology() or {})}")
         return store
@@ -126,7 +127,8 @@ class Provisioner:
             return self.show(store, record)
 
     def _begin(self, store: PoolStore, record_id: str, request: CreateVolume) -> VolumeRecord:
-        capacity = choose_size(request.capacity, self._sources.size_of(request.source) if request.source else 0)
+        form = self._choose_form(store, request)
+        capacity = choose_size(request.capacity, form, self._sources.size_of(request.source) if request.source else 0)
         parameters = request.parameters
         access.check_ownership(parameters.ownership, store.backend)
         record = VolumeRecord(
@@ -141,6 +143,7 @@ class Provisioner:
             directory=parameters.directory or self._own_directory(store, record_id),
             directory_template=parameters.directory,
             capacity_bytes=capacity,
+            form=form,
             on_delete=parameters.on_delete,
             ownership=parameters.ownership,
             source=request.source,
@@ -159,6 +162,15 @@ class Provisioner:
                 return f"{record_id}.{new_token()}"
         except NotFound:
             return record_id
+
+    def _choose_form(self, store: PoolStore, request: CreateVolume) -> Form:
+        """Choose in which form the volume is stored. Raises InvalidArgument where its pool cannot serve it so."""
+        source = self._sources.form_of(request.source) if request.source else None
+        form = access.form_for(request.parameters.layout, request.capabilities, source)
+        for capability in request.capabilities:
+            if problem := access.unsupported(capability, store.backend, form):
+                raise InvalidArgument(problem)
+        return form
 
     def _complete(self, store: PoolStore, record: VolumeRecord, job: JobControl | None) -> VolumeRecord:
         """Build the content of a `creating` volume and make it ready; on an error nothing is left of it."""
@@ -181,7 +193,7 @@ class Provisioner:
         with self._sources.hold(record.source) as source:
             if record.verify:
                 self._verifier.require_whole(source, job)
-            report = self._contents.copy(store, record.id, record.token, source, record.ownership, job)
+            report = self._contents.copy(store, record.id, record.token, source, record.ownership, job, record.capacity_bytes)
         return replace(record, capture=report)
 
     def _give_up(self, store: PoolStore, record_id: str) -> None:
@@ -213,12 +225,13 @@ class Provisioner:
         store, record = find_ready(self._pools, handle)
         if context and dict(context) != dict(self.show(store, record).context):
             return "volume_context is not the one that CreateVolume gave"
-        problems = (access.unsupported(capability, store.backend) for capability in capabilities)
+        problems = (access.unsupported(capability, store.backend, record.form) for capability in capabilities)
         return next((problem for problem in problems if problem), None)
 
     def show(self, store: PoolStore, record: VolumeRecord) -> Volume:
         # Words for people and `kubectl describe`; never an address, and nothing that the driver reads back.
-        context = {"pool": record.pool, "layout": record.layout.value, "limiter": "none"}
+        limiter = "image" if record.form.layout is Layout.IMAGE else "none"
+        context = {"pool": record.pool, "layout": record.form.layout.value, "limiter": limiter}
         return Volume(record, context, store.backend.topology())
 
     # --- change -------------------------------------------------------------------------------------------------------------------
@@ -272,6 +285,7 @@ def _require_same(record: VolumeRecord, request: CreateVolume) -> None:
             ("volume_content_source", record.source != request.source),
             ("parameters.directory", record.directory_template != parameters.directory),
             ("parameters.uid, gid or mode", record.ownership != parameters.ownership),
+            ("layout, volume mode or filesystem", not access.has_form(record.form, parameters.layout, request.capabilities)),
         )
         if differs
     ]

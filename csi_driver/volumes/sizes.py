@@ -4,19 +4,22 @@ from dataclasses import replace
 
 from csi_driver.errors import InvalidArgument, OutOfRange
 from csi_driver.volumes import access
+from csi_driver.volumes.contents import Contents
+from csi_driver.volumes.images import fitting_size
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.lookup import find_ready
-from csi_driver.volumes.model import DEFAULT_CAPACITY_BYTES, Capability, CapacityRange
+from csi_driver.volumes.model import DEFAULT_CAPACITY_BYTES, Capability, CapacityRange, Form
 from csi_driver.volumes.pools import Pools
 from csi_driver.volumes.promises import Committed, Promises
 
 
-def choose_size(capacity: CapacityRange, least_bytes: int) -> int:
-    """Return the bytes of a new volume whose content needs `least_bytes` (0: it has none). Raises OutOfRange."""
+def choose_size(capacity: CapacityRange, form: Form, least_bytes: int) -> int:
+    """Return the bytes of a new volume of this form, whose content needs `least_bytes` (0: it has none). Raises OutOfRange."""
     wanted = capacity.required_bytes or least_bytes or DEFAULT_CAPACITY_BYTES
     limit = capacity.limit_bytes
     if limit and not capacity.required_bytes:
         wanted = min(wanted, limit)
+    wanted = fitting_size(form, wanted)
     if limit and wanted > limit:
         raise OutOfRange(f"capacity_range asks for {wanted} bytes, but limit_bytes is {limit}")
     if wanted < least_bytes:
@@ -27,10 +30,11 @@ def choose_size(capacity: CapacityRange, least_bytes: int) -> int:
 class Expansion:
     """Makes volumes larger."""
 
-    def __init__(self, pools: Pools, locks: KeyedLocks, promises: Promises) -> None:
+    def __init__(self, pools: Pools, locks: KeyedLocks, promises: Promises, contents: Contents) -> None:
         self._pools = pools
         self._locks = locks
         self._promises = promises
+        self._contents = contents
 
     def expand(self, handle: str, capacity: CapacityRange, capability: Capability | None) -> int:
         """Grow a volume to `required_bytes`; a size that it has already is answered as it is. Returns bytes.
@@ -39,21 +43,24 @@ class Expansion:
         volume lacks), OperationPending.
         """
         store, record = find_ready(self._pools, handle)
-        if capability is not None and (problem := access.unsupported(capability, store.backend)):
+        if capability is not None and (problem := access.unsupported(capability, store.backend, record.form)):
             raise InvalidArgument(problem)
         with self._locks.hold(store, f"volume:{record.id}"):
             _, record = find_ready(self._pools, handle)
-            wanted = capacity.required_bytes or record.capacity_bytes
+            wanted = fitting_size(record.form, capacity.required_bytes or record.capacity_bytes)
             if capacity.limit_bytes and max(wanted, record.capacity_bytes) > capacity.limit_bytes:
                 raise OutOfRange(
                     f"capacity_range.limit_bytes is {capacity.limit_bytes}, but the volume has {record.capacity_bytes}: volumes never shrink"
                 )
             if wanted <= record.capacity_bytes:
+                self._contents.resize(store, record)  # cut off before, it is completed
                 return record.capacity_bytes
             try:
                 gate = self._promises.gate(store, record.id, wanted, wanted - record.capacity_bytes)
-                store.volumes.replace(replace(record, capacity_bytes=wanted), gate)
+                # The promise first: an image larger than its record would be one that nobody has accounted for.
+                record = store.volumes.replace(replace(record, capacity_bytes=wanted), gate)
             except Committed as refusal:
                 # Not RESOURCE_EXHAUSTED: for external-resizer that is not final, and the claim could not be given a smaller size.
                 raise OutOfRange(f"expansion from {record.capacity_bytes} to {wanted} bytes: {refusal}") from refusal
+            self._contents.resize(store, record)
             return wanted

@@ -125,6 +125,7 @@ class Snapshots:
             source_handle=source.handle,
             size_bytes=source.capacity_bytes,
             group_handle=group_handle,
+            form=source.form,
         )
         if not store.snapshots.add(record):
             raise AlreadyExists(f"snapshot {quoted(name)} is being made by another controller")
@@ -137,7 +138,7 @@ class Snapshots:
         with self._sources.hold(ContentSource(SourceKind.VOLUME, record.source_handle)) as source:
             cut_at = time.time_ns()  # after a crash it is cut anew, and later
             report = self._contents.copy(store, record.id, record.token, source, None, job)
-        return replace(record, capture=report, created_at_ns=cut_at, consistency=consistency_of(report))
+        return replace(record, capture=report, created_at_ns=cut_at, consistency=consistency_of(report, record.form))
 
     def place(self, store: PoolStore, record: SnapshotRecord) -> SnapshotRecord:
         """Move what was cut into its place; it stays `creating` until the caller says `ready`."""

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from csi_driver.errors import NotFound, quoted
 from csi_driver.volumes.contents import Source, content_key
 from csi_driver.volumes.locks import KeyedLocks
-from csi_driver.volumes.model import ContentSource, Phase, SnapshotRecord, SourceKind, VolumeRecord
+from csi_driver.volumes.model import ContentSource, Form, Phase, SnapshotRecord, SourceKind, VolumeRecord
 from csi_driver.volumes.pools import Pools, PoolStore
 
 
@@ -22,6 +22,10 @@ class Sources:
         _, record = self._find(source)
         return record.size_bytes if isinstance(record, SnapshotRecord) else record.capacity_bytes
 
+    def form_of(self, source: ContentSource) -> Form:
+        """Return the form that this content has. Raises NotFound, ResourceExhausted."""
+        return self._find(source)[1].form
+
     @contextmanager
     def hold(self, source: ContentSource) -> Iterator[Source]:
         """Hold a source for reading, so that it cannot be deleted until the context ends, and say where its content lies.
@@ -33,7 +37,7 @@ class Sources:
             _, record = self._find(source)  # it may have gone, and its directory be another's, before it was held
             directory = record.directory if isinstance(record, VolumeRecord) else ""
             known = record.capture.bytes if isinstance(record, SnapshotRecord) and record.capture else None
-            yield Source(store, source.kind, record.id, directory, known)
+            yield Source(store, source.kind, record.id, directory, known, record.form)
 
     def volume(self, handle: str) -> tuple[PoolStore, VolumeRecord]:
         """Find a volume to take a snapshot of. Raises NotFound, FailedPrecondition where it is another node's."""

@@ -1,6 +1,7 @@
 """From the wire to the ports and back: what reaches the domain, and what of its answer reaches the caller."""
 
 import time
+from dataclasses import replace
 
 import pytest
 from grpc import StatusCode
@@ -16,10 +17,12 @@ from csi_driver.volumes.model import (
     CapacityRange,
     ContentSource,
     CreateSnapshot,
+    Form,
     GroupRecord,
     GroupSnapshot,
     HealthEntry,
     HealthLevel,
+    Layout,
     NodeInfo,
     NodePublication,
     OnDelete,
@@ -224,11 +227,20 @@ def test_delete_asks_for_the_handle_as_it_is(serve):
 
 
 def test_expand_tells_the_new_size_and_that_the_node_has_nothing_to_do(serve):
-    volumes = Port(expand=99)
+    volumes = Port(expand=99, get=volume())
     _, call = serve(all_services(volumes=volumes))
     request = csi.ControllerExpandVolumeRequest(volume_id="v", capacity_range={"required_bytes": 90}, volume_capability=MOUNT)
     assert call("ControllerExpandVolume", request) == csi.ControllerExpandVolumeResponse(capacity_bytes=99)
-    assert volumes.asked == [("expand", "v", CapacityRange(90), CAPABILITY)]
+    assert volumes.asked == [("expand", "v", CapacityRange(90), CAPABILITY), ("get", "v")]
+
+
+def test_expand_of_an_image_leaves_the_rest_to_the_node(serve):
+    image = volume()
+    image = replace(image, record=replace(image.record, form=Form(Layout.IMAGE, AccessType.BLOCK)))
+    _, call = serve(all_services(volumes=Port(expand=99, get=image)))
+    request = csi.ControllerExpandVolumeRequest(volume_id="v", capacity_range={"required_bytes": 90})
+    told = csi.ControllerExpandVolumeResponse(capacity_bytes=99, node_expansion_required=True)
+    assert call("ControllerExpandVolume", request) == told
 
 
 def test_modify_hands_on_what_is_to_change(serve):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.driver_process import DriverProcess, write_pools
+from tests.own_mounts import have_own_mounts
 
 pytestmark = [pytest.mark.minutes, pytest.mark.root]
 
@@ -21,8 +22,17 @@ def home(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def sanity_command(binary: str, home: Path, endpoint: str, controller_endpoint: str, kubelet: Path) -> list[str]:
-    """Say how the suite is run: everything that it can be asked to look at."""
+def sanity_command(
+    binary: str, home: Path, endpoint: str, controller_endpoint: str, kubelet: Path, form: str = "directory"
+) -> list[str]:
+    """Say how the suite is run: everything that it can be asked to look at. `form` is directory, image or block."""
+    parameters = home / "parameters.yaml"
+    parameters.write_text("layout: image\n")
+    more = {
+        "directory": [],
+        "image": [f"--csi.testvolumeparameters={parameters}"],
+        "block": ["--csi.testvolumeaccesstype=block"],
+    }
     mutable = home / "mutable.yaml"
     mutable.write_text("onDelete: retain\n")
     return [
@@ -36,6 +46,7 @@ def sanity_command(binary: str, home: Path, endpoint: str, controller_endpoint: 
         "--csi.testnodevolumeattachlimit=true",
         f"--csi.testvolumemutableparameters={mutable}",
         "--ginkgo.no-color",
+        *more[form],
     ]
 
 
@@ -45,11 +56,11 @@ def counts_of(output: str) -> dict[str, int]:
     return dict(zip(("passed", "failed", "pending", "skipped"), map(int, found.groups()), strict=True))
 
 
-def run_sanity(home: Path, endpoint: str, controller_endpoint: str, kubelet: Path) -> dict[str, int]:
+def run_sanity(home: Path, endpoint: str, controller_endpoint: str, kubelet: Path, form: str = "directory") -> dict[str, int]:
     """Run the suite once and return its counts; the whole output is in the assertion where something failed."""
     binary = os.environ.get("CSI_SANITY")
     assert binary, "CSI_SANITY must name the csi-sanity binary: run `make sanity`"
-    command = sanity_command(binary, home, endpoint, controller_endpoint, kubelet)
+    command = sanity_command(binary, home, endpoint, controller_endpoint, kubelet, form)
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     counts = counts_of(done.stdout + done.stderr)
     print("csi-sanity:", counts)
@@ -68,6 +79,24 @@ def test_one_process_passes_twenty_runs_in_a_row(home: Path):
             counts = run_sanity(home, driver.endpoint, driver.endpoint, driver.kubelet)
             assert counts == {"passed": 102, "failed": 0, "pending": 1, "skipped": 0}
             assert_nothing_left(driver)
+        assert driver.stop() == 0
+    finally:
+        driver.close()
+
+
+@pytest.mark.parametrize("form", ["image", "block"])
+def test_images_pass_and_leave_no_loop_device(home: Path, form: str):
+    have_own_mounts()
+    driver = DriverProcess(home).start()
+    try:
+        for _ in range(2):
+            counts = run_sanity(home, driver.endpoint, driver.endpoint, driver.kubelet, form)
+            assert counts == {"passed": 102, "failed": 0, "pending": 1, "skipped": 0}
+            assert_nothing_left(driver)
+            loops = subprocess.run(
+                ["losetup", "-l", "-n", "-O", "BACK-FILE"], capture_output=True, text=True, check=True
+            ).stdout
+            assert str(home) not in loops
         assert driver.stop() == 0
     finally:
         driver.close()

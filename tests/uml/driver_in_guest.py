@@ -210,14 +210,17 @@ class Use:
     group: str = ""
     readonly: bool = False
     pod: str = "pod"
+    fs_type: str = ""
+    block: bool = False
 
     @property
     def capability(self) -> csi.VolumeCapability:
         """Say it in CSI."""
-        return csi.VolumeCapability(
-            mount=csi.VolumeCapability.MountVolume(mount_flags=self.flags, volume_mount_group=self.group),
-            access_mode=csi.VolumeCapability.AccessMode(mode=self.mode),
-        )
+        mode = csi.VolumeCapability.AccessMode(mode=self.mode)
+        if self.block:
+            return csi.VolumeCapability(block=csi.VolumeCapability.BlockVolume(), access_mode=mode)
+        mount = csi.VolumeCapability.MountVolume(fs_type=self.fs_type, mount_flags=self.flags, volume_mount_group=self.group)
+        return csi.VolumeCapability(mount=mount, access_mode=mode)
 
     @property
     def staging(self) -> pathlib.Path:
@@ -303,10 +306,12 @@ class Cluster:
         snapshot: str = "",
         volume: str = "",
         size: int = 1 << 20,
+        fs_type: str = "",
+        block: bool = False,
         **parameters: str,
     ) -> Volume:
         """Make a volume (as external-provisioner does: until it is there); `parameters` are the class'."""
-        asked = Use(Volume(""), self.controller, access, tuple(flags))
+        asked = Use(Volume(""), self.controller, access, tuple(flags), fs_type=fs_type, block=block)
         request = csi.CreateVolumeRequest(
             name=name,
             capacity_range=csi.CapacityRange(required_bytes=size),
@@ -319,6 +324,24 @@ class Cluster:
             request.volume_content_source.volume.volume_id = volume
         made = self.controller.insist("CreateVolume", request).volume
         return Volume(made.volume_id, dict(made.volume_context))
+
+    def expand(self, use: Use, size: int) -> int:
+        """Make a volume larger, in the controller and on the node that uses it; return its bytes there."""
+        capacity = csi.CapacityRange(required_bytes=size)
+        request = csi.ControllerExpandVolumeRequest(
+            volume_id=use.volume.handle, capacity_range=capacity, volume_capability=use.capability
+        )
+        grown = self.controller.insist("ControllerExpandVolume", request)
+        if not grown.node_expansion_required:
+            return grown.capacity_bytes
+        asked = csi.NodeExpandVolumeRequest(
+            volume_id=use.volume.handle,
+            volume_path=str(use.target),
+            staging_target_path=str(use.staging),
+            capacity_range=capacity,
+            volume_capability=use.capability,
+        )
+        return use.driver.call("NodeExpandVolume", asked).capacity_bytes
 
     def delete(self, volume: Volume) -> None:
         """Delete a volume."""

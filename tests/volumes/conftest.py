@@ -10,6 +10,7 @@ from bench import Bench, make_bench, unmount_below
 from hypothesis import settings
 
 from csi_driver.config import HostPathPool
+from tests.own_mounts import have_own_mounts
 
 settings.register_profile("whatever the machine is busy with", deadline=None)
 settings.load_profile("whatever the machine is busy with")
@@ -19,6 +20,11 @@ settings.load_profile("whatever the machine is busy with")
 def everything_is_unmounted_in_the_end(tmp_path: Path) -> Iterator[None]:
     yield
     unmount_below(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def own_mounts() -> None:
+    have_own_mounts()
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """What `kill -9` leaves: an operation in a child process that ends, without a word, at its n-th change of a filesystem.
 
 The interpreter itself reports each change before it is made (audit events of `os` and `open`), so nothing of the driver is replaced.
-A look at the mount table counts too: it follows every mount, which is made by a call that is not reported.
+The start of a command counts too, and a look at the mount table: it follows every mount, which is made by a call that is not reported.
 """
 
 import os
@@ -50,7 +50,7 @@ def _in_child(operation: Callable[[], object], last_change: int, complain: int) 
 
         def count(event: str, args: tuple) -> None:
             nonlocal left
-            if event in _CHANGES or (event == "open" and _matters(args)):
+            if event in _CHANGES or event == "subprocess.Popen" or (event == "open" and _matters(args)):
                 left -= 1
                 if left == 0:
                     os._exit(_KILLED)

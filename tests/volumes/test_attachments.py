@@ -198,7 +198,7 @@ def test_a_volume_that_does_not_exist_is_not_found(shared, handle):
 
 def test_a_capability_that_the_pool_lacks_is_refused(shared):
     volume = shared.create("v")
-    with pytest.raises(InvalidArgument, match="volumeMode"):
+    with pytest.raises(InvalidArgument, match="the volume is a directory"):
         shared.attachments.publish(
             volume.record.handle, NodePublication("node-a", WRITER), Capability(AccessType.BLOCK, WRITER), {}
         )

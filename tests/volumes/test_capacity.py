@@ -55,7 +55,7 @@ def test_a_node_from_which_the_pool_cannot_be_reached_has_none_of_it(bench):
 def test_a_capability_that_the_pool_lacks_has_no_room_in_it(bench):
     block = Capability(AccessType.BLOCK, AccessMode.SINGLE_NODE_WRITER)
     many = mount_capability(AccessMode.MULTI_NODE_MULTI_WRITER)
-    assert available(bench, "large", None, block).available_bytes == 0
+    assert available(bench, "large", None, block, mount_capability()).available_bytes == 0
     assert available(bench, "large", None, many).available_bytes == 0
     assert available(bench, "spread", None, many).available_bytes > 0
 

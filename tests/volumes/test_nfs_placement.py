@@ -72,14 +72,19 @@ def test_a_publish_context_that_lacks_something_is_refused_by_its_name(placement
         ),
         ("pool", "slow"),
         ("pool", "10.0.0.9:/srv"),
-        ("layout", "image"),
+        ("layout", "zfs"),
+        ("accessType", ""),
+        ("accessType", "block"),
+        ("fsType", "ntfs"),
+        ("fsType", ""),
         *(("epoch", bad) for bad in ("", "-1", "1.0", "٣", "9" * 19)),
         *(("capacity", bad) for bad in ("", "-1", "many", "1e9")),
     ],
 )
 def test_a_publish_context_that_no_controller_of_ours_gives_is_refused(placements, key, value):
+    image = {"layout": "image", "accessType": "mount", "fsType": "ext4"} if key in {"accessType", "fsType"} else {}
     with pytest.raises(InvalidArgument, match=key):
-        find(placements, told={**TOLD, key: value})
+        find(placements, told={**TOLD, **image, key: value})
 
 
 @pytest.mark.parametrize("key", ["server", "share", "source", "options"])
@@ -98,6 +103,8 @@ def test_a_static_volume_is_where_the_controller_found_it(placements):
         find(placements, "an-admins-volume", TOLD, {**context, "server": "10.0.0.9"})
     with pytest.raises(NotFound):
         find(placements, "an-admins-volume", TOLD, {})
+    with pytest.raises(InvalidArgument, match="static"):
+        find(placements, "an-admins-volume", {**TOLD, "layout": "image", "accessType": "mount", "fsType": "ext4"}, context)
 
 
 @pytest.mark.parametrize("flag", ["addr=10.0.0.9", "hrad", "port=2049", "vers=9", "bind"])

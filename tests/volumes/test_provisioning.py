@@ -246,8 +246,8 @@ def test_a_topology_that_does_not_reach_the_pool_exhausts_it_so_that_another_nod
 @pytest.mark.parametrize(
     ("pool", "capability", "problem"),
     [
-        ("default", Capability(AccessType.BLOCK, AccessMode.SINGLE_NODE_WRITER), "volumeMode Filesystem"),
-        ("spread", Capability(AccessType.BLOCK, AccessMode.SINGLE_NODE_WRITER), "volumeMode Filesystem"),
+        ("default", Capability(AccessType.BLOCK, AccessMode.SINGLE_NODE_WRITER), "block"),
+        ("spread", Capability(AccessType.BLOCK, AccessMode.SINGLE_NODE_WRITER), "block"),
         ("default", mount_capability(AccessMode.MULTI_NODE_MULTI_WRITER), "lives on one node"),
         ("default", mount_capability(AccessMode.MULTI_NODE_READER_ONLY), "lives on one node"),
     ],
@@ -556,7 +556,7 @@ def test_growing_beyond_the_pool_is_out_of_range(bench):
 
 def test_growing_with_a_capability_that_the_volume_lacks_is_refused(bench):
     handle = bench.create("v").record.handle
-    with pytest.raises(InvalidArgument, match="volumeMode"):
+    with pytest.raises(InvalidArgument, match="the volume is a directory"):
         bench.volumes.expand(handle, CapacityRange(2 * MIB), Capability(AccessType.BLOCK, AccessMode.SINGLE_NODE_WRITER))
 
 

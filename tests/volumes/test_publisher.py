@@ -415,7 +415,7 @@ def test_after_a_reboot_everything_can_be_mounted_again(bench, handle, volume):
 
 
 def test_one_call_at_a_time_works_on_a_volume(bench, handle):
-    with bench.node._publisher._lock(handle), pytest.raises(OperationPending):
+    with bench.node._here.lock(handle), pytest.raises(OperationPending):
         bench.restarted().stage(handle)
     bench.stage(handle)
 

@@ -1,0 +1,142 @@
+"""What a node does with an image, done in a child that can be killed: the image may lie behind a server that is away.
+
+`place` is where the node sees the volume's directory, a mount that no pod sees; the image is the file IMAGE in it.
+"""
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from csi_driver.errors import FailedPrecondition
+from csi_driver.linux import children, holders, image_filesystems, loop_devices, mounts
+from csi_driver.linux.holders import Holder
+from csi_driver.linux.loop_devices import LoopDevice
+
+IMAGE = "image"
+"""The one file of an image volume's directory."""
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_RELEASE_SECONDS = 5.0
+
+
+def hold(place: Path, holder: Holder, seconds: float) -> None:
+    """Make this node the holder of the image. Raises FailedPrecondition naming another holder, Unavailable, OSError."""
+    said = children.ask(__name__, "hold", place, json.dumps(asdict(holder)), seconds=seconds)
+    if "refused" in said:
+        raise FailedPrecondition(said["refused"])
+
+
+def release(place: Path, holder: Holder, seconds: float) -> None:
+    """Give the image back. Raises Unavailable, OSError."""
+    children.ask(__name__, "release", place, json.dumps(asdict(holder)), seconds=seconds)
+
+
+def attach(place: Path, *, read_only: bool, block_size: int, seconds: float) -> LoopDevice:
+    """Attach the image, or find its device. Raises Unavailable, OSError."""
+    wanted = json.dumps({"read_only": read_only, "block_size": block_size})
+    return LoopDevice(**children.ask(__name__, "attach", place, wanted, seconds=seconds))
+
+
+def devices(place: Path, seconds: float) -> list[str]:
+    """List the names of the image's devices. Raises Unavailable, OSError."""
+    return list(children.ask(__name__, "devices", place, seconds=seconds)["names"])
+
+
+def detach(place: Path, name: str, seconds: float) -> bool:
+    """Detach a device from the image, and tell whether it is free now. Raises Unavailable, OSError."""
+    return bool(children.ask(__name__, "detach", place, name, seconds=seconds)["free"])
+
+
+def take_new_size(place: Path, name: str, seconds: float) -> int:
+    """Make a device as large as the image is, and return bytes. Raises Unavailable, OSError."""
+    return int(children.ask(__name__, "take_new_size", place, name, seconds=seconds)["bytes"])
+
+
+def recognise(device: Path, seconds: float) -> tuple[str, int] | None:
+    """Say which filesystem a device begins with, and its size in bytes. Raises Unavailable, OSError."""
+    found = children.ask(__name__, "recognise", device, seconds=seconds)["found"]
+    return (str(found[0]), int(found[1])) if found else None
+
+
+def unmount(mounted: Path, seconds: float) -> None:
+    """Unmount all that is mounted there, plainly. Raises Unavailable, OSError (EBUSY)."""
+    children.ask(__name__, "unmount", mounted, seconds=seconds)
+
+
+# --- in the child -----------------------------------------------------------------------------------------------------------------
+
+
+def main(operation: str, place: str, *arguments: str) -> None:
+    """Do one operation and print its answer."""
+    children.answer(_OPERATIONS, operation, place, *arguments)
+
+
+def _hold(place: str, holder: str) -> dict[str, Any]:
+    with _opened(place) as directory:
+        try:
+            holders.hold(directory, Holder(**json.loads(holder)))
+        except FailedPrecondition as refusal:
+            return {"refused": str(refusal)}
+    return {}
+
+
+def _release(place: str, holder: str) -> dict[str, Any]:
+    with _opened(place) as directory:
+        holders.release(directory, Holder(**json.loads(holder)))
+    return {}
+
+
+def _attach(place: str, wanted: str) -> dict[str, Any]:
+    return asdict(loop_devices.attach(Path(place) / IMAGE, **json.loads(wanted)))
+
+
+def _devices(place: str) -> dict[str, Any]:
+    return {"names": [device.name for device in loop_devices.devices_of(Path(place) / IMAGE)]}
+
+
+def _detach(place: str, name: str) -> dict[str, Any]:
+    return {"free": loop_devices.detach(name, Path(place) / IMAGE, _RELEASE_SECONDS)}
+
+
+def _take_new_size(place: str, name: str) -> dict[str, Any]:
+    if not loop_devices.has_file(name, Path(place) / IMAGE):
+        raise OSError(errno.ENXIO, f"{name} has another file by now")
+    # An NFS client learns a file's new size when it is opened (nfs(5), close-to-open); the loop asks for no news.
+    os.close(os.open(f"{place}/{IMAGE}", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC))
+    return {"bytes": loop_devices.take_new_size(name)}
+
+
+def _recognise(device: str) -> dict[str, Any]:
+    return {"found": image_filesystems.recognise(Path(device))}
+
+
+def _unmount(mounted: str) -> dict[str, Any]:
+    while mounts.mount_is_read_only(Path(mounted)) is not None:
+        mounts.unmount(Path(mounted))
+    return {}
+
+
+@contextmanager
+def _opened(place: str) -> Iterator[int]:
+    descriptor = os.open(place, _DIRECTORY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+_OPERATIONS: Mapping[str, Callable[..., dict[str, Any]]] = {
+    "hold": _hold,
+    "release": _release,
+    "attach": _attach,
+    "devices": _devices,
+    "detach": _detach,
+    "take_new_size": _take_new_size,
+    "recognise": _recognise,
+    "unmount": _unmount,
+}

@@ -1,0 +1,190 @@
+"""Loop devices: an image file as a block device (loop(4), <linux/loop.h>, Linux 5.8 or newer for LOOP_CONFIGURE).
+
+A device is attached in one step, with its block size, direct I/O and read-only or not. It is not made autoclear: between our opening
+of it and the mount nobody may use it, and a raw block volume has no user while no pod runs. So it stays until it is detached, and
+after a crash it is found again: by the name of its file in sysfs, which nothing but the kernel writes and no server is asked for,
+and then by device and inode, for in another mount namespace another file may have the name.
+
+A read-only device refuses writes in the kernel's request path, also after BLKROSET: the flag is the loop's, its file is opened
+for reading. A read-only *bind* of a device's node would stop nothing, for a mount guards files, not devices.
+"""
+
+import errno
+import fcntl
+import os
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+_CONTROL = "/dev/loop-control"
+_SYSFS = Path("/sys/block")
+
+_GET_FREE = 0x4C82
+_CONFIGURE = 0x4C0A
+_CLEAR = 0x4C01
+_GET_STATUS = 0x4C05
+_SET_CAPACITY = 0x4C07
+_READ_ONLY, _AUTOCLEAR, _DIRECT_IO = 1, 4, 16
+_INFO = struct.Struct("=QQQQQ IIII 64s 64s 32s QQ")  # struct loop_info64
+_CONFIG = struct.Struct(f"=II {_INFO.size}s 64x")  # struct loop_config
+_ATTEMPTS = 64
+_POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class LoopDevice:
+    """An attached device: `name` is loop5, `direct_io` whether the image's filesystem could do without its page cache."""
+
+    name: str
+    read_only: bool
+    direct_io: bool
+
+    @property
+    def node(self) -> Path:
+        return node_of(self.name)
+
+
+def node_of(name: str) -> Path:
+    return Path("/dev") / name
+
+
+def attach(image: Path, *, read_only: bool, block_size: int) -> LoopDevice:
+    """Attach `image` (not followed where it is a symbolic link), or return the device that it has in this mode.
+
+    Raises OSError: ENOENT where `/dev` has no loop devices, ENXIO, EINVAL (a block size that the image cannot have), EIO.
+    """
+    mode = os.O_RDONLY if read_only else os.O_RDWR
+    opened = os.open(image, mode | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        status = os.fstat(opened)
+        known = next((device for device in devices_of(image) if device.read_only is read_only), None)
+        if known is not None:
+            return known
+        for _ in range(_ATTEMPTS):
+            name = _free()
+            if _configure(name, opened, read_only=read_only, block_size=block_size):
+                return _look(name, status) or LoopDevice(name, read_only, direct_io=False)
+    finally:
+        os.close(opened)
+    raise OSError(errno.EBUSY, "others take every free loop device", os.fspath(image))
+
+
+def devices_of(image: Path) -> list[LoopDevice]:
+    """List the devices that have just this file, by device and inode. Raises OSError where it cannot be opened."""
+    opened = os.open(image, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        status = os.fstat(opened)
+    finally:
+        os.close(opened)
+    found = (_look(name, status) for name in _names() if has_file(name, image))
+    return [device for device in found if device is not None]
+
+
+def backing_file(name: str) -> str | None:
+    """Return the path of a device's file; None where nothing is attached."""
+    try:
+        shown = (_SYSFS / name / "loop" / "backing_file").read_bytes()
+    except OSError:
+        return None
+    return os.fsdecode(shown.removesuffix(b"\n")).removesuffix(" (deleted)")
+
+
+def has_file(name: str, image: Path) -> bool:
+    """Tell whether a device that was attached to `image` still can be: sysfs shows this name, or, its mount being gone, the last part."""
+    return backing_file(name) in (os.fspath(image), _cut_off(image))
+
+
+def detach(name: str, image: Path, seconds: float) -> bool:
+    """Detach the device from `image`, and tell whether it is free now; False: somebody has it open, and it goes with the last one.
+
+    A device that has another file by now is left alone. Raises OSError.
+    """
+    deadline = time.monotonic() + seconds
+    with suppress(FileNotFoundError), _opened(name) as device:
+        if not has_file(name, image):
+            return True
+        try:
+            fcntl.ioctl(device, _CLEAR)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+    # The kernel lets go when the last descriptor is closed, ours just now; udev or blkid may be looking at it.
+    while has_file(name, image):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_SECONDS)
+    return True
+
+
+def take_new_size(name: str) -> int:
+    """Make the device as large as its file is by now, under the eyes of its users; return bytes. Raises OSError."""
+    with _opened(name) as device:
+        fcntl.ioctl(device, _SET_CAPACITY)
+    return size_of(name)
+
+
+def size_of(name: str) -> int:
+    """Return a device's size in bytes. Raises OSError where there is none."""
+    return int((_SYSFS / name / "size").read_text()) * 512  # sectors of 512 bytes, whatever the block size is
+
+
+def _cut_off(image: Path) -> str:
+    # d_path() of a file whose mount was taken away, or went with its mount namespace: it begins at the root of that mount.
+    return f"/{image.name}"
+
+
+def _names() -> list[str]:
+    return [entry.name for entry in os.scandir(_SYSFS) if entry.name.startswith("loop")]
+
+
+def _free() -> str:
+    control = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return f"loop{fcntl.ioctl(control, _GET_FREE)}"
+    finally:
+        os.close(control)
+
+
+def _configure(name: str, opened: int, *, read_only: bool, block_size: int) -> bool:
+    """Attach the file; False where somebody else was quicker."""
+    flags = _DIRECT_IO | (_READ_ONLY if read_only else 0)
+    info = _INFO.pack(0, 0, 0, 0, 0, 0, 0, 0, flags, b"", b"", b"", 0, 0)
+    with _opened(name, os.O_RDONLY if read_only else os.O_RDWR) as device:
+        try:
+            fcntl.ioctl(device, _CONFIGURE, _CONFIG.pack(opened, block_size, info))
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            return False
+    return True
+
+
+def _look(name: str, status: os.stat_result) -> LoopDevice | None:
+    """Describe the device if it has just this file and nobody has asked for its end."""
+    try:
+        with _opened(name) as device:
+            answer = fcntl.ioctl(device, _GET_STATUS, bytes(_INFO.size))
+    except OSError:
+        return None
+    found = _INFO.unpack(answer)
+    device_number, inode, flags = found[0], found[1], found[8]
+    if (_decoded(device_number), inode) != (status.st_dev, status.st_ino) or flags & _AUTOCLEAR:
+        return None
+    return LoopDevice(name, bool(flags & _READ_ONLY), bool(flags & _DIRECT_IO))
+
+
+def _decoded(number: int) -> int:
+    # huge_encode_dev() of the kernel, which is what glibc's makedev() makes of the same major and minor.
+    return os.makedev(os.major(number), os.minor(number))
+
+
+@contextmanager
+def _opened(name: str, mode: int = os.O_RDONLY) -> Iterator[int]:
+    descriptor = os.open(node_of(name), mode | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

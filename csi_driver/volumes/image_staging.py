@@ -1,0 +1,288 @@
+"""Images on a node: reached, held, attached, checked, mounted; and back, in the reverse order.
+
+A node sees the volume's directory at a place of its own, below its state directory, which no pod sees: a bind of it, or a mount from
+its server. From there the image is attached to a loop device. All that touches image or device is done in a child with a deadline
+(linux/image_child.py), for a server may be behind it.
+
+Every step is found again by what the kernel says: the place in mountinfo, the device in sysfs by the file that it has. So a step that
+was done before a crash is not done twice, and nothing is left that Unstage would not find. What is never done: formatting, which
+happened when the volume was made; and letting go of a device that somebody still writes to.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from csi_driver.errors import DeadlineExceeded, FailedPrecondition, NotFound, Unavailable, quoted
+from csi_driver.linux import image_child, image_filesystems, loop_devices, mounts
+from csi_driver.linux.bind_flags import parse_bind_flags
+from csi_driver.linux.holders import Holder
+from csi_driver.linux.mountinfo import topmost_mount_at
+from csi_driver.volumes.handles import parse_handle
+from csi_driver.volumes.image_mounts import ImageFilesystems
+from csi_driver.volumes.images import SECTOR_BYTES
+from csi_driver.volumes.jobs import Jobs
+from csi_driver.volumes.model import AccessMode, AccessType, Capability, Form, Layout, Usage, UsageSource, VolumeStats
+from csi_driver.volumes.node_state import NodeState, NodeVolumeRecord
+from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.unmounting import UNMOUNT_SECONDS
+
+_SECONDS = 30.0
+_TRIM_SECONDS = 10.0
+_FLAGS = "volume_capability.mount.mount_flags"
+
+_log = logging.getLogger(__name__)
+
+
+class ImageStaging:
+    """The Staging (staging.py) of images, with a filesystem or raw. `boot_id` tells this boot of the node from earlier ones."""
+
+    def __init__(self, pools: Pools, state: NodeState, jobs: Jobs, node_id: str, boot_id: str) -> None:
+        self._pools = pools
+        self._state = state
+        self._filesystems = ImageFilesystems(jobs)
+        self._node_id = node_id
+        self._boot_id = boot_id
+
+    def place_of(self, known: NodeVolumeRecord) -> Path:
+        """Say where this node sees the volume's directory."""
+        return self._state.directory / "images" / known.id
+
+    # --- stage --------------------------------------------------------------------------------------------------------------------
+
+    def stage(
+        self, known: NodeVolumeRecord, store: PoolStore, capability: Capability, staging: Path, size_bytes: int | None
+    ) -> NodeVolumeRecord:
+        """Attach the image and mount its filesystem, once it is known to be sound.
+
+        Raises FailedPrecondition (another node holds it, its filesystem needs a person), NotFound, Unavailable, OperationPending.
+        """
+        place = self._reach(known, store)
+        image_child.hold(place, Holder(self._node_id, self._boot_id, known.epoch), _SECONDS)
+        block = known.form.access_type is AccessType.BLOCK
+        known = self._attach(known, read_only=block and capability.access_mode.reader_only)
+        if size_bytes is not None and loop_devices.size_of(known.device) < size_bytes:
+            image_child.take_new_size(place, known.device, _SECONDS)
+        if not block:
+            try:
+                self._filesystems.mount(known, capability, staging)
+            except FailedPrecondition as error:
+                known = self._state.volumes.replace(replace(known, fault=str(error)))
+                raise
+            if known.fault:
+                known = self._state.volumes.replace(replace(known, fault=""))
+        return known
+
+    def _reach(self, known: NodeVolumeRecord, store: PoolStore) -> Path:
+        place = self.place_of(known)
+        if not store.backend.is_staged(known.directory, place, known.source):
+            if topmost_mount_at(place) is not None:
+                mounts.unmount_all(place, UNMOUNT_SECONDS)  # its pool has moved meanwhile
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+            store.backend.stage(known.directory, place, (), read_only=False)
+        return place
+
+    def _attach(self, known: NodeVolumeRecord, *, read_only: bool) -> NodeVolumeRecord:
+        block_size = SECTOR_BYTES[known.form.access_type]
+        try:
+            found = image_child.attach(self.place_of(known), read_only=read_only, block_size=block_size, seconds=_SECONDS)
+        except FileNotFoundError as error:
+            raise NotFound(
+                f"the image of volume {quoted(known.handle)}, or the loop device for it, is not there ({error}): the node plugin needs the "
+                "host's /dev"
+            ) from error
+        if not found.direct_io:
+            _log.warning("an image's filesystem does no direct I/O: its pages are cached twice", extra={"volume": known.handle})
+        named = replace(known, read_only_device=found.name) if read_only else replace(known, device=found.name)
+        if read_only and not known.device:
+            named = replace(named, device=found.name)
+        return self._state.volumes.replace(named)
+
+    # --- what is there --------------------------------------------------------------------------------------------------------------
+
+    def is_staged(self, known: NodeVolumeRecord, store: PoolStore) -> bool:  # noqa: ARG002
+        return self._is_attached(known, known.device) and (
+            known.form.access_type is AccessType.BLOCK or _shows_device(Path(known.staging_path), known.device)
+        )
+
+    def _is_attached(self, known: NodeVolumeRecord, name: str) -> bool:
+        image = self.place_of(known) / image_child.IMAGE
+        if known.form.access_type is AccessType.BLOCK:
+            return bool(name) and loop_devices.backing_file(name) == str(image)
+        return bool(name) and loop_devices.has_file(name, image)  # what is mounted from it keeps it from being another's
+
+    def shows(self, known: NodeVolumeRecord, store: PoolStore, target: Path) -> bool:  # noqa: ARG002
+        if known.form.access_type is AccessType.MOUNT:
+            return self._is_attached(known, known.device) and _shows_device(target, known.device)
+        return any(
+            self._is_attached(known, name) and _shows_node(target, name) for name in (known.device, known.read_only_device)
+        )
+
+    # --- publish ------------------------------------------------------------------------------------------------------------------
+
+    def publish(
+        self,
+        known: NodeVolumeRecord,
+        store: PoolStore,  # noqa: ARG002
+        target: Path,
+        flags: Sequence[str],
+        *,
+        read_only: bool,
+    ) -> NodeVolumeRecord:
+        """Bind the mounted filesystem, or the device's node: a read-only one of its own where nothing may be written."""
+        attributes = parse_bind_flags(flags, _FLAGS)
+        if known.form.access_type is AccessType.MOUNT:
+            source = os.open(known.staging_path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            attributes = replace(attributes, read_only=attributes.read_only or read_only)
+        else:
+            if read_only:
+                known = self._attach(known, read_only=True)
+            name = known.read_only_device if read_only else known.device
+            source = os.open(loop_devices.node_of(name), os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            mounts.bind(source, target, attributes)
+        finally:
+            os.close(source)
+        return known
+
+    def stats(self, known: NodeVolumeRecord) -> VolumeStats:
+        """Return what the filesystem says (statvfs(3)); of raw block only the size is known. Raises NotFound."""
+        if known.form.access_type is AccessType.BLOCK:
+            unknown = Usage(None, None, None)
+            return VolumeStats(Usage(None, loop_devices.size_of(known.device), None), unknown, UsageSource.DEVICE)
+        found = os.statvfs(known.staging_path)
+        total, free = found.f_blocks * found.f_frsize, found.f_bfree * found.f_frsize
+        return VolumeStats(
+            bytes=Usage(total - free, total, found.f_bavail * found.f_frsize),
+            inodes=Usage(found.f_files - found.f_ffree, found.f_files, found.f_favail),
+            source=UsageSource.FILESYSTEM,
+        )
+
+    # --- grow ---------------------------------------------------------------------------------------------------------------------
+
+    def grow(self, known: NodeVolumeRecord) -> int:
+        """Let the users of a staged image see its new size, and grow its filesystem; return the device's bytes.
+
+        Raises FailedPrecondition where the filesystem cannot be grown while it is mounted, Unavailable, DeadlineExceeded.
+        """
+        place = self.place_of(known)
+        for name in {known.device, known.read_only_device} - {""}:
+            if self._is_attached(known, name):
+                image_child.take_new_size(place, name, _SECONDS)
+        size = loop_devices.size_of(known.device)
+        self._filesystems.grow(known)
+        return size
+
+    def complete(self, known: NodeVolumeRecord) -> None:
+        """Do what a crash cut off after the mount: a filesystem that came with a smaller origin is made as large as its volume."""
+        self._filesystems.grow_if_allowed(known)
+
+    # --- unstage ------------------------------------------------------------------------------------------------------------------
+
+    def unstage(self, known: NodeVolumeRecord, staging: Path) -> None:
+        """Unmount, detach, give back, let go, in this order; each step may have been done before.
+
+        Raises Unavailable while somebody still uses the filesystem or the device: another node must not have it before.
+        """
+        self._filesystems.stop_check(known.handle)
+        self._unmount(known, staging)
+        place = self.place_of(known)
+        for name in {known.device, known.read_only_device, *self._unrecorded(known)} - {""}:
+            if not image_child.detach(place, name, _SECONDS):
+                raise Unavailable(
+                    f"volume {quoted(known.handle)} is still in use on this node: {loop_devices.node_of(name)} is open somewhere (a pod's mount that "
+                    "was detached while it was busy goes with its last process); try again"
+                )
+        self._give_back(known, place)
+        mounts.unmount_all(place, UNMOUNT_SECONDS)
+        place.rmdir() if place.exists() else None
+
+    def _unrecorded(self, known: NodeVolumeRecord) -> list[str]:
+        """Find the devices that were attached by a process that was killed before it could write that down."""
+        place = self.place_of(known)
+        if topmost_mount_at(place) is None:
+            return []
+        try:
+            return image_child.devices(place, _SECONDS)
+        except FileNotFoundError:
+            return []  # the image is gone
+
+    def _unmount(self, known: NodeVolumeRecord, staging: Path) -> None:
+        if topmost_mount_at(staging) is None:
+            return
+        if not _is_loop_mount(staging):
+            raise FailedPrecondition(f"{staging} has a mount that is not volume {quoted(known.handle)}; it is left as it is")
+        if not mounts.mount_is_read_only(staging):
+            image_filesystems.trim(staging, _TRIM_SECONDS)
+        try:
+            image_child.unmount(staging, _SECONDS)
+        except (OSError, DeadlineExceeded) as error:
+            raise Unavailable(
+                f"volume {quoted(known.handle)} stays mounted at {staging}, so that what was written here cannot meet another node's writes "
+                f"({error}); try again"
+            ) from error
+
+    def _give_back(self, known: NodeVolumeRecord, place: Path) -> None:
+        store = self._pools.find(known.pool)
+        try:
+            if topmost_mount_at(place) is None:
+                if store is None or not known.directory:
+                    return
+                self._reach(known, store)
+            image_child.release(place, Holder(self._node_id, self._boot_id, known.epoch), _SECONDS)
+        except NotFound:
+            return  # the volume is gone, and its hold with it
+
+    def rediscovered(self, handle: str, staging_path: str = "") -> NodeVolumeRecord | None:
+        """Say the least that is certain of an image whose record on this node is lost; None where this node has no such image."""
+        parsed = parse_handle(handle)
+        known = NodeVolumeRecord(
+            id=self._state.id_of(handle),
+            token="",
+            handle=handle,
+            pool=parsed.pool if parsed is not None else "",
+            directory="",
+            access_mode=AccessMode.SINGLE_NODE_WRITER,
+            staging_path=staging_path,
+            form=Form(Layout.IMAGE),
+        )
+        # The place is the sign that it is ours: in another mount namespace a device may have a file of the same name.
+        if topmost_mount_at(self.place_of(known)) is None:
+            return None
+        names = self._unrecorded(known)
+        return replace(known, device=names[0] if names else "", read_only_device=names[-1] if names else "")
+
+    def is_own(self, known: NodeVolumeRecord, target: Path) -> bool:
+        """Tell whether one of the image's devices is what is seen at `target`, as a filesystem or raw."""
+        return any(
+            self._is_attached(known, name) and (_shows_device(target, name) or _shows_node(target, name))
+            for name in (known.device, known.read_only_device)
+        )
+
+
+def boot_id() -> str:
+    """Return what the kernel calls this boot (random(4))."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _shows_device(target: Path, name: str) -> bool:
+    mounted = topmost_mount_at(target)
+    return mounted is not None and mounted.source == str(loop_devices.node_of(name)) and _is_loop_mount(target)
+
+
+def _is_loop_mount(target: Path) -> bool:
+    mounted = topmost_mount_at(target)
+    return mounted is not None and mounted.source.startswith("/dev/loop") and mounted.fs_type in image_filesystems.KINDS
+
+
+def _shows_node(target: Path, name: str) -> bool:
+    try:
+        node = os.open(loop_devices.node_of(name), os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        return mounts.same_file_mounted(node, target)
+    finally:
+        os.close(node)

@@ -1,0 +1,97 @@
+"""What stager and publisher share: this node's volumes, their locks and records, and the way each layout has."""
+
+import logging
+import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+
+from csi_driver.errors import NotFound, RecordDamaged, quoted
+from csi_driver.linux import mounts
+from csi_driver.linux.mountinfo import topmost_mount_at
+from csi_driver.volumes.image_staging import ImageStaging
+from csi_driver.volumes.locks import KeyedLocks
+from csi_driver.volumes.model import AccessType, Capability, Form, Layout
+from csi_driver.volumes.mount_groups import MountGroups
+from csi_driver.volumes.mount_points import MountPoints
+from csi_driver.volumes.node_state import NodeState, NodeVolumeRecord
+from csi_driver.volumes.placement import Placement
+from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.staging import DirectoryStaging, Staging
+from csi_driver.volumes.unmounting import Unmounting
+
+_log = logging.getLogger(__name__)
+
+
+class NodeVolumes:
+    """The volumes of this node. `kubelet_dir` is the only place where mounts for others are made."""
+
+    def __init__(
+        self,
+        pools: Pools,
+        locks: KeyedLocks,
+        state: NodeState,
+        groups: MountGroups,
+        images: ImageStaging,
+        kubelet_dir: Path,
+    ) -> None:
+        self._pools = pools
+        self._locks = locks
+        self.state = state
+        self.groups = groups
+        self.images = images
+        self.unmounting = Unmounting(pools)
+        self.places = MountPoints(kubelet_dir, self._own_places)
+        self._directories = DirectoryStaging(self.unmounting)
+
+    def staging_of(self, form: Form) -> Staging:
+        """Return the way that volumes of this form go."""
+        return self.images if form.layout is Layout.IMAGE else self._directories
+
+    def lock(self, handle: str) -> AbstractContextManager[None]:
+        return self._locks.hold(self.state, f"volume {quoted(handle)}")
+
+    def is_staged(self, known: NodeVolumeRecord, place: Placement) -> bool:
+        return (
+            bool(known.staging_path)
+            and (known.pool, known.directory, known.form) == (place.store.name, place.directory, place.form)
+            and self.staging_of(known.form).is_staged(known, place.store)
+        )
+
+    def find_mounted(self, handle: str, path: str) -> NodeVolumeRecord:
+        """Return what this node knows of a volume that is mounted at `path` (staging or target). Raises NotFound."""
+        known = self.state.get(handle)
+        if known is not None and known.form.access_type is AccessType.BLOCK and os.path.normpath(path) == known.staging_path:
+            store = self._pools.find(known.pool)
+            if store is not None and self.images.is_staged(known, store):
+                return known  # nothing is ever mounted there
+        if known is None or os.path.normpath(path) not in known.paths() or topmost_mount_at(os.path.normpath(path)) is None:
+            raise NotFound(f"volume {quoted(handle)} is not mounted at {quoted(path)} on this node")
+        return known
+
+    def remembered(self, handle: str) -> tuple[NodeVolumeRecord | None, bool]:
+        """Return what is known for taking a volume away, which a damaged record must not keep from happening, and whether it is damaged."""
+        try:
+            return self.state.get(handle), False
+        except RecordDamaged as damage:
+            _log.error("this node's record of a volume is damaged", extra={"volume": handle, "error": str(damage)})
+            return None, True
+
+    def give_group(self, known: NodeVolumeRecord, store: PoolStore, mounted: Path, capability: Capability) -> None:
+        """Give a mounted volume to the pod's group (fsGroup), once. Raises what MountGroups.give raises."""
+        group = capability.mount_group
+        if not group or group == known.mount_group or mounts.mount_is_read_only(mounted):
+            return
+        self.groups.give(known.handle, store.backend, mounted, group)
+        self.state.volumes.replace(replace(self.state.get(known.handle) or known, mount_group=group))
+
+    def grown(self, handle: str, size_bytes: int) -> None:
+        """Remember that a volume of a remote pool has been made larger."""
+        with self.lock(handle):
+            known = self.state.get(handle)
+            if known is not None and known.capacity_bytes is not None and known.capacity_bytes < size_bytes:
+                self.state.volumes.replace(replace(known, capacity_bytes=size_bytes))
+
+    def _own_places(self) -> Iterable[Path]:
+        return (self.state.directory, *(store.backend.root() for store in self._pools if store.backend.node_local))

@@ -1,0 +1,63 @@
+"""What tests of image volumes say and look at: capabilities, loop devices, and what the kernel knows of them."""
+
+import subprocess
+import time
+from pathlib import Path
+
+from bench import Bench, unmount_below
+
+from csi_driver.volumes.model import (
+    AccessMode,
+    AccessType,
+    Capability,
+    CapacityRange,
+    ClassParameters,
+    ContentSource,
+    CreateVolume,
+    Layout,
+    Volume,
+)
+
+MIB = 1024**2
+LEAST = {"ext4": 16 * MIB, "xfs": 300 * MIB}
+
+
+def filesystem(fs_type: str = "ext4", mode: AccessMode = AccessMode.SINGLE_NODE_MULTI_WRITER, *flags: str) -> Capability:
+    return Capability(AccessType.MOUNT, mode, fs_type=fs_type, mount_flags=flags)
+
+
+def block(mode: AccessMode = AccessMode.SINGLE_NODE_MULTI_WRITER) -> Capability:
+    return Capability(AccessType.BLOCK, mode)
+
+
+def make_image(
+    bench: Bench,
+    name: str,
+    capability: Capability,
+    size: int = 0,
+    source: ContentSource | None = None,
+    limit: int = 0,
+    **parameters,
+) -> Volume:
+    size = size or LEAST.get(capability.fs_type, 16 * MIB)
+    parameters = {"layout": Layout.IMAGE, **parameters}
+    request = CreateVolume(name, CapacityRange(size, limit), (capability,), ClassParameters(**parameters), source)
+    return bench.volumes.create(request, time.monotonic() + 60)
+
+
+def devices_below(root: Path) -> list[str]:
+    """List the loop devices of the images below `root`: by device and inode, whatever name the kernel has for them."""
+    found: list[str] = []
+    for image in Path(root).rglob("image"):
+        if image.is_file():
+            shown = subprocess.run(["losetup", "-n", "-O", "NAME", "-j", image], capture_output=True, text=True, check=True)
+            found += [word.removeprefix("/dev/") for word in shown.stdout.split()]
+    return sorted(set(found))
+
+
+def take_down(root: Path) -> None:
+    """Take every mount and loop device below `root` away."""
+    devices = devices_below(root)
+    unmount_below(root)
+    for name in devices:
+        subprocess.run(["losetup", "-d", f"/dev/{name}"], check=False, capture_output=True)

@@ -1,0 +1,302 @@
+"""Image volumes with a filesystem, on hostPath: real loop devices, real mounts."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from bench import make_bench, mount_capability
+from images import LEAST, MIB, block, devices_below, filesystem, make_image, take_down
+
+from csi_driver.config import HostPathPool
+from csi_driver.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    OutOfRange,
+    ResourceExhausted,
+    Unavailable,
+)
+from csi_driver.linux import mountinfo
+from csi_driver.linux.mountinfo import topmost_mount_at
+from csi_driver.volumes.model import AccessMode, AccessType, Capability, ClassParameters, Layout, Ownership
+
+pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_mounts")]
+KINDS = ("ext4", "xfs")
+
+
+@pytest.fixture(autouse=True)
+def no_loop_device_is_left(tmp_path: Path):
+    yield
+    take_down(tmp_path)
+
+
+def image_of(bench, volume) -> Path:
+    return bench.path(volume) / "image"
+
+
+def fill(place: Path, user: int = 0) -> tuple[int, str]:
+    """Write until nothing more fits; return how many bytes did, and what the writer was told."""
+    done = subprocess.run(
+        ["dd", "if=/dev/zero", "of=filler", "bs=64k", "conv=fsync"],
+        cwd=place,  # which another user could not look up
+        user=user,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return (place / "filler").stat().st_size, done.stderr
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_is_one_sparse_file_that_no_tenant_can_reach(bench, kind):
+    volume = make_image(bench, "v", filesystem(kind))
+    assert bench.path(volume).stat().st_mode & 0o777 == 0o700
+    assert os.listdir(bench.path(volume)) == ["image"]
+    status = image_of(bench, volume).stat()
+    assert (status.st_size, status.st_mode & 0o777) == (LEAST[kind], 0o600)
+    assert status.st_blocks * 512 < (MIB if kind == "ext4" else 70 * MIB)
+    assert volume.context["layout"] == "image"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_pod_writes_is_there_again_after_the_volume_was_away(bench, kind):
+    handle = make_image(bench, "v", filesystem(kind)).record.handle
+    for turn in range(2):
+        staging = bench.stage(handle, filesystem(kind))
+        target = bench.publish(handle, "pod", filesystem(kind))
+        mounted = topmost_mount_at(target)
+        assert mounted is not None
+        assert mounted.fs_type == kind
+        assert "nodev" in mounted.options
+        assert "discard" in mounted.super_options
+        if turn:
+            assert (target / "file").read_text() == "content"
+        (target / "file").write_text("content")
+        bench.node.unpublish(handle, str(target))
+        bench.node.unstage(handle, staging)
+        assert not target.exists()
+        assert devices_below(bench.root) == []
+        assert mountinfo.mounts_below(bench.kubelet) == ()
+
+
+def test_the_class_says_who_owns_the_filesystem(bench):
+    for kind in KINDS:
+        volume = make_image(bench, kind, filesystem(kind), ownership=Ownership(1000, 1001, 0o2770))
+        status = os.stat(bench.stage(volume.record.handle, filesystem(kind)))
+        assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (1000, 1001, 0o2770)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("user", [0, 1000])
+def test_writes_stop_at_the_size_for_everybody(bench, kind, user):
+    volume = make_image(bench, "v", filesystem(kind))
+    handle = volume.record.handle
+    bench.stage(handle, filesystem(kind))
+    target = bench.publish(handle, "pod", filesystem(kind))
+    target.chmod(0o777)
+    empty = bench.node.stats(handle, str(target), 1e12).bytes.used
+    written, said = fill(target, user)
+    assert "No space left on device" in said
+    assert 0.6 * LEAST[kind] < written <= LEAST[kind]
+    assert image_of(bench, volume).stat().st_blocks * 512 <= LEAST[kind] + MIB
+    stats = bench.node.stats(handle, str(target), 1e12)
+    counted = int(subprocess.run(["du", "-sk", target], capture_output=True, text=True, check=True).stdout.split()[0]) * 1024
+    shown = subprocess.run(["df", "-k", "--output=size,used", target], capture_output=True, text=True, check=True).stdout
+    size, used = (int(word) * 1024 for word in shown.splitlines()[1].split())
+    assert (stats.bytes.total, stats.bytes.used) == (size, used)
+    # XFS counts what it keeps for its own trees as used, and so does df; what is written counts as du counts it.
+    assert abs(stats.bytes.used - empty - counted) <= 0.01 * counted
+    assert stats.bytes.available == 0 or stats.bytes.available < 0.01 * size
+
+
+def test_staging_twice_attaches_once_also_after_a_restart(bench):
+    handle = make_image(bench, "v", filesystem()).record.handle
+    staging = bench.stage(handle, filesystem())
+    before = topmost_mount_at(staging), devices_below(bench.root)
+    assert len(before[1]) == 1
+    bench.stage(handle, filesystem())
+    bench.restarted().stage(handle, filesystem())
+    assert (topmost_mount_at(staging), devices_below(bench.root)) == before
+
+
+def test_a_restarted_driver_takes_the_volume_away(bench):
+    handle = make_image(bench, "v", filesystem()).record.handle
+    staging = bench.stage(handle, filesystem())
+    target = bench.publish(handle, "pod", filesystem())
+    other = bench.restarted()
+    other.node.unpublish(handle, str(target))
+    other.node.unstage(handle, staging)
+    assert devices_below(bench.root) == []
+    bench.volumes.delete(handle)
+    assert bench.leftovers() == [] or all("trash" in left for left in bench.leftovers())
+
+
+def test_a_node_that_has_lost_its_record_takes_the_volume_away(bench):
+    handle = make_image(bench, "v", filesystem()).record.handle
+    staging = bench.stage(handle, filesystem())
+    target = bench.publish(handle, "pod", filesystem())
+    for record in (bench.installation.state_directory / "volumes").iterdir():
+        record.unlink()
+    bench.node.unpublish(handle, str(target))
+    bench.node.unstage(handle, staging)
+    assert devices_below(bench.root) == []
+    assert mountinfo.mounts_below(bench.kubelet) == ()
+
+
+def test_a_volume_that_is_staged_is_not_deleted(bench):
+    handle = make_image(bench, "v", filesystem()).record.handle
+    bench.stage(handle, filesystem())
+    with pytest.raises(FailedPrecondition, match="still mounted"):
+        bench.volumes.delete(handle)
+
+
+def test_a_read_only_publication_cannot_be_written(bench):
+    handle = make_image(bench, "v", filesystem()).record.handle
+    bench.stage(handle, filesystem())
+    target = bench.publish(handle, "reader", filesystem(), readonly=True)
+    with pytest.raises(OSError, match="Read-only"):
+        (target / "file").write_text("x")
+    writer = bench.publish(handle, "writer", filesystem())
+    (writer / "file").write_text("x")
+    assert (target / "file").read_text() == "x"
+
+
+def test_a_filesystem_in_use_is_not_taken_away_behind_its_user(bench):
+    handle = make_image(bench, "v", filesystem()).record.handle
+    staging = bench.stage(handle, filesystem())
+    target = bench.publish(handle, "pod", filesystem())
+    with (target / "file").open("w") as busy:
+        bench.node.unpublish(handle, str(target))
+        with pytest.raises(Unavailable, match="still in use"):
+            bench.node.unstage(handle, staging)
+        busy.write("late")
+    bench.node.unstage(handle, staging)
+    assert devices_below(bench.root) == []
+    assert Path(bench.stage(handle, filesystem()), "file").read_text() == "late"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_filesystem_is_refused_named_in_health_and_left_as_it_is(bench, kind):
+    volume = make_image(bench, "v", filesystem(kind))
+    handle, image = volume.record.handle, image_of(bench, volume)
+    with image.open("r+b") as opened:
+        for place in (8, 300) if kind == "xfs" else (1024 + 200, 1024 + 240):
+            opened.seek(place)
+            opened.write(b"\xff" * 120)
+        if kind == "ext4":
+            opened.seek(4096)
+            opened.write(b"\xff" * 65536)
+    before = image.read_bytes()
+    with pytest.raises(FailedPrecondition):
+        bench.stage(handle, filesystem(kind))
+    entries = bench.node.health(handle, "", "").entries
+    assert [entry.reason for entry in entries] == ["FilesystemDamaged"]
+    bench.node.unstage(handle, bench.staging_of(handle))
+    assert devices_below(bench.root) == []
+    assert image.read_bytes() == before
+
+
+def test_what_is_no_filesystem_any_more_is_never_formatted(bench):
+    volume = make_image(bench, "v", filesystem())
+    image_of(bench, volume).write_bytes(b"my own bytes".ljust(16 * MIB))
+    with pytest.raises(FailedPrecondition, match="does not begin with"):
+        bench.stage(volume.record.handle, filesystem())
+    assert image_of(bench, volume).read_bytes().startswith(b"my own bytes")
+
+
+def test_after_a_power_cut_the_filesystem_is_checked_and_whole(bench):
+    volume = make_image(bench, "v", filesystem())
+    staging = bench.stage(volume.record.handle, filesystem())
+    Path(staging, "file").write_text("content")
+    os.sync()
+    torn = image_of(bench, volume).read_bytes()
+    bench.node.unstage(volume.record.handle, staging)
+    image_of(bench, volume).write_bytes(torn)
+    staging = bench.stage(volume.record.handle, filesystem())
+    assert Path(staging, "file").read_text() == "content"
+
+
+def test_a_pod_s_group_is_given_the_filesystem(bench):
+    capability = Capability(AccessType.MOUNT, AccessMode.SINGLE_NODE_MULTI_WRITER, fs_type="ext4", mount_group="4321")
+    handle = make_image(bench, "v", capability).record.handle
+    bench.stage(handle, capability)
+    assert bench.publish(handle, "pod", capability).stat().st_gid == 4321
+
+
+def test_a_missing_image_is_named_in_health_and_made_by_nobody(bench):
+    volume = make_image(bench, "v", filesystem())
+    image_of(bench, volume).unlink()
+    assert [entry.reason for entry in bench.health.volume(volume.record.handle).entries] == ["ImageMissing"]
+    with pytest.raises(NotFound, match="not there"):
+        bench.stage(volume.record.handle, filesystem())
+    bench.node.unstage(volume.record.handle, bench.staging_of(volume.record.handle))
+    assert os.listdir(bench.path(volume)) == []
+
+
+# --- what is asked for --------------------------------------------------------------------------------------------------------------
+
+
+def test_other_filesystems_are_refused_by_name(bench):
+    with pytest.raises(InvalidArgument, match="ext4 or xfs"):
+        make_image(bench, "v", filesystem("btrfs"))
+    assert bench.leftovers() == []
+
+
+def test_several_nodes_are_refused(bench):
+    with pytest.raises(InvalidArgument, match="one node at a time"):
+        make_image(bench, "v", filesystem("ext4", AccessMode.MULTI_NODE_MULTI_WRITER), pool="spread")
+
+
+def test_a_volume_is_staged_with_the_filesystem_that_it_has(bench):
+    handle = make_image(bench, "v", filesystem("ext4")).record.handle
+    with pytest.raises(InvalidArgument, match="an image with ext4"):
+        bench.stage(handle, filesystem("xfs"))
+    bench.stage(handle, mount_capability())
+
+
+def test_the_same_name_with_another_layout_is_another_volume(bench):
+    make_image(bench, "v", filesystem())
+    for other in (filesystem("xfs"), block()):
+        with pytest.raises(AlreadyExists, match="filesystem"):
+            make_image(bench, "v", other)
+    with pytest.raises(AlreadyExists, match="layout"):
+        bench.create("v", size=16 * MIB, layout=Layout.DIRECTORY)
+
+
+def test_a_filesystem_gets_the_least_size_that_it_can_have(bench):
+    assert make_image(bench, "a", filesystem("xfs"), size=MIB).record.capacity_bytes == LEAST["xfs"]
+    with pytest.raises(OutOfRange, match="limit_bytes"):
+        make_image(bench, "b", filesystem("xfs"), size=MIB, limit=10 * MIB)
+    assert make_image(bench, "c", filesystem(), size=20 * MIB + 1).record.capacity_bytes == 20 * MIB + 4096
+
+
+def test_the_least_size_is_told_with_the_capacity(bench):
+    capacity = bench.domain.services.capacity
+    images = ClassParameters(layout=Layout.IMAGE)
+    assert capacity.available(images, [filesystem("xfs")], None).minimum_volume_bytes == LEAST["xfs"]
+    assert capacity.available(images, [block()], None).minimum_volume_bytes == MIB
+    assert capacity.available(ClassParameters(), [mount_capability()], None).minimum_volume_bytes is None
+    assert capacity.available(ClassParameters(layout=Layout.DIRECTORY), [block()], None).available_bytes == 0
+
+
+def test_a_pool_without_room_for_the_filesystem_says_so_and_keeps_nothing(tmp_path, make_disk):
+    small = make_bench(tmp_path, (HostPathPool("default", make_disk("small", size="40M") / "pool"),))
+    try:
+        with pytest.raises(ResourceExhausted, match="are asked for"):
+            make_image(small, "v", filesystem("xfs"))
+        assert small.leftovers() == [] or all("trash" in left for left in small.leftovers())
+    finally:
+        small.domain.stop(5)
+
+
+def test_flags_of_the_mount_are_honoured_and_others_refused(bench):
+    handle = make_image(bench, "v", filesystem()).record.handle
+    wanted = filesystem("ext4", AccessMode.SINGLE_NODE_MULTI_WRITER, "noexec", "noatime")
+    staging = bench.stage(handle, wanted)
+    mounted = topmost_mount_at(staging)
+    assert mounted is not None
+    assert {"noexec", "noatime"} <= mounted.options
+    with pytest.raises(InvalidArgument, match="data"):
+        bench.stage(handle, filesystem("ext4", AccessMode.SINGLE_NODE_MULTI_WRITER, "data=writeback"))
