@@ -2,12 +2,15 @@
 
 import errno
 import os
+import pathlib
 import stat
 import subprocess
 
 import pytest
 
 from csi_driver.linux import beneath, private_views
+
+MOUNTS = pathlib.Path("/proc/self/mountinfo")
 
 
 def open_directory(path):
@@ -35,11 +38,11 @@ def test_a_private_view_starts_no_device_and_lets_nobody_write(mount_room):
 @pytest.mark.root
 def test_a_private_view_leaves_no_mount_and_no_descriptor(mount_room):
     directory = open_directory(mount_room)
-    before = len(os.listdir("/proc/self/fd")), open("/proc/self/mountinfo").read()
+    before = len(os.listdir("/proc/self/fd")), MOUNTS.read_text()
     with private_views.private_view(directory) as (view, _):
         assert os.fstat(view).st_ino == os.fstat(directory).st_ino
-        assert open("/proc/self/mountinfo").read() == before[1]
-    assert (len(os.listdir("/proc/self/fd")), open("/proc/self/mountinfo").read()) == before
+        assert MOUNTS.read_text() == before[1]
+    assert (len(os.listdir("/proc/self/fd")), MOUNTS.read_text()) == before
     os.close(directory)
     subprocess.run(["umount", mount_room], check=True)  # nothing keeps it busy
     subprocess.run(["mount", "-t", "tmpfs", "room", mount_room], check=True)
