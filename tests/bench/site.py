@@ -88,7 +88,9 @@ def site(kind: str, work: Path, size: int) -> Iterator[Site]:
     # Direct, or the image's own page cache would take gigabytes at once and make each commit of a journal wait for them.
     attach = ["losetup", "--find", "--show", "--direct-io=on", image]
     device = subprocess.run(attach, check=True, capture_output=True, text=True).stdout.strip()
-    (home / "pools.toml").write_text(f'[driver]\nbackend = "hostpath"\n[pools.default]\npath = "{place}/pool"\novercommit = 1000\n')
+    (home / "pools.toml").write_text(
+        f'[driver]\nbackend = "hostpath"\n[pools.default]\npath = "{place}/pool"\novercommit = 1000\n'
+    )
     driver = DriverProcess(home)
     try:
         subprocess.run(["mount", device, place], check=True)
