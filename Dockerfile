@@ -1,4 +1,3 @@
-# syntax=docker/dockerfile:1
 # The driver's image. `make image` builds it with docker, podman or buildah, whichever is there; a plain `docker build .` does, too.
 #
 # The base is Debian bookworm; a release pins it by digest (BASE_IMAGE=debian:bookworm-slim@sha256:..., see .github/workflows/).

@@ -124,6 +124,10 @@ test-cluster: $(VENV)/dev.stamp $(HELM) ## Stories in a real Kubernetes: in the 
 	tests/cluster/install.sh
 	HELM=$(abspath $(HELM)) $(PYTEST) -m cluster tests/cluster --durations=0 --durations-min=1
 
+.PHONY: bench
+bench: $(VENV)/dev.stamp packages ## Captures beside cp and tar, side by side (as root; an hour; ARGS="--help", "--only copies", "--output json")
+	@$(VENV)/bin/python -m tests.bench.captures $(ARGS)
+
 .PHONY: clean
 clean: ## Remove what was built, but not the caches of other tools
 	rm -rf $(VENV) $(CACHE) run build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

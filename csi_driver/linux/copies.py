@@ -21,6 +21,7 @@ from csi_driver.linux.carriers import Carrier, Folder, Shared
 from csi_driver.linux.contents import METHODS, Method
 from csi_driver.linux.crews import Crew
 from csi_driver.linux.hard_links import HardLinks, Place
+from csi_driver.linux.private_views import private_view
 from csi_driver.linux.walk import Walk, WalkStopped
 
 _MAY_BE_DIRECTORY = frozenset({0, 4})  # DT_UNKNOWN, DT_DIR
@@ -84,8 +85,8 @@ def copy_tree(
     that is not empty; ESTALE when a directory more than 64 levels deep was moved away meanwhile). The target is then a torso.
     """
     copy = _Copy(progress or Progress(), methods, should_stop or (lambda: False), workers)
-    with beneath.opened_again(source_fd) as source, beneath.opened_again(target_fd) as target:
-        return copy.run(source, target)
+    with private_view(source_fd) as (source, openable), beneath.opened_again(target_fd) as target:
+        return copy.run(source, target, openable=openable)
 
 
 class _Copy:
@@ -102,7 +103,7 @@ class _Copy:
         self._workers = workers
         self._carriers: list[Carrier] = []
 
-    def run(self, source_fd: int, target_fd: int) -> CopyReport:
+    def run(self, source_fd: int, target_fd: int, *, openable: bool) -> CopyReport:
         links = HardLinks(target_fd)
         shared = Shared(
             self._progress,
@@ -110,7 +111,7 @@ class _Copy:
             threading.Lock(),
             self._methods,
             self._should_stop,
-            openable=beneath.starts_no_device(source_fd),
+            openable=openable,
         )
         carrier = self._carrier(shared)
         with Walk(source_fd) as source, Walk(target_fd) as target:

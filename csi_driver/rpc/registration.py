@@ -63,8 +63,11 @@ class KubeletRegistration:
         """Take the socket away, whereupon the kubelet calls this driver no more."""
         self._stopping.set()
         self._watcher.join()
-        if self._found() == self._identity:
-            self._socket.unlink(missing_ok=True)
+        try:
+            if self._found() == self._identity:
+                self._socket.unlink(missing_ok=True)
+        except OSError as error:
+            _log.warning("the registration socket stays", extra={"error": str(error)})
         self._close()
 
     def problem(self) -> str | None:

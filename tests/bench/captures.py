@@ -1,86 +1,94 @@
-"""`python -m tests.bench.captures`: how long captures take, beside other tools, on filesystems made for it. Needs root and loop devices.
+"""`make bench`: how long captures take, beside other tools in the same run, on filesystems made for it. Needs root and loop devices.
 
-Prints a table, or with `--output json` one object. The exit code is 1 where a target was missed.
+Prints tables, or with `--output json` one object. The exit code is 1 where a target was missed.
 """
 
 import argparse
-import json
+import os
 import sys
 import tempfile
 from pathlib import Path
 
-from tests.bench import copies, latency, many
+from tests.bench import copies, latency, many, nfs
 from tests.bench.copies import LARGE, SMALL, Tree
+from tests.bench.report import Report
 from tests.bench.site import MIB, site
 
-PARTS = ("copies", "latency", "many")
+PARTS = ("copies", "latency", "many", "nfs")
+KINDS = ("xfs", "btrfs", "ext4")
+LEAST_BYTES = 2048 * MIB
 
 
 def main(arguments: list[str]) -> int:
     options = _options(arguments)
-    result: dict[str, dict] = {}
-    verdicts: list[tuple[str, float, float]] = []
+    if os.geteuid() != 0:
+        sys.exit("benchmarks make filesystems and mount them: they need root (sudo make bench)")
+    report = Report(options.output == "json")
     with tempfile.TemporaryDirectory(prefix="tatami-bench-", dir=options.directory) as name:
-        work = Path(name)
-        if "copies" in options.only:
-            for kind in options.filesystems:
-                with site(kind, work, max(2048 * MIB, int(6144 * MIB * options.scale))) as place:
-                    for tree in (LARGE, SMALL):
-                        small = Tree(tree.name, max(2, int(tree.files * options.scale)), int(tree.bytes * options.scale))
-                        median = copies.compare(place, small, options.runs)
-                        result[f"{kind} {tree.name}"] = median
-                        verdicts += copies.judge(kind, small, median)
-                        _say(options, f"{kind}, {tree.name} tree, seconds (medians of {options.runs})", median)
-        if "latency" in options.only:
-            with site("ext4", work, max(2048 * MIB, int(12288 * MIB * options.scale))) as place:
-                taken = latency.latencies(place, int(4096 * MIB * options.scale), 20 * options.scale + 1)
-            shown = {}
-            for call, values in taken.items():
-                shown |= {f"{call} p50": latency.percentile(values, 50), f"{call} p99": latency.percentile(values, 99)}
-                shown |= {f"{call} calls": len(values)}
-            result["latency"] = shown
-            verdicts += latency.judge(taken)
-            _say(options, "latency beside a plain copy, seconds", shown)
-        if "many" in options.only:
-            for kind in options.filesystems:
-                with site(kind, work, max(2048 * MIB, int(24576 * MIB * options.scale))) as place:
-                    found = many.many_files(place, max(10, int(1_000_000 * options.scale)))
-                result[f"{kind} many"] = found
-                verdicts += many.judge(found)
-                _say(options, f"{kind}, many files", found)
-    _conclude(options, result, verdicts)
-    return int(any(measured > target for _, measured, target in verdicts))
+        for part in (_copies, _latency, _many, _nfs):
+            if part.__name__.strip("_") in options.only:
+                part(options, Path(name), report)
+    return report.conclude(scale=options.scale, runs=options.runs)
+
+
+def _copies(options: argparse.Namespace, work: Path, report: Report) -> None:
+    for kind in options.filesystems:
+        shown = {}
+        with site(kind, work, max(LEAST_BYTES, int(6144 * MIB * options.scale))) as place:
+            for whole in (LARGE, SMALL):
+                tree = Tree(whole.name, max(2, int(whole.files * options.scale)), int(whole.bytes * options.scale))
+                with report.doing(f"copies on {kind}: {tree.files} files of {tree.bytes // MIB} MiB in all"):
+                    median = copies.compare(place, tree, options.runs)
+                report.add(f"{kind} {tree.name}", median, copies.judge(kind, tree, median))
+                shown[f"{tree.files} files, {tree.bytes // MIB} MiB"] = median
+        report.side_by_side(f"copies on {kind}, medians of {options.runs}, each with syncfs", shown)
+
+
+def _latency(options: argparse.Namespace, work: Path, report: Report) -> None:
+    size = int(4096 * MIB * options.scale)
+    with (
+        site("ext4", work, max(LEAST_BYTES, int(12288 * MIB * options.scale))) as place,
+        report.doing(f"latency beside a plain copy of {size // MIB} MiB"),
+    ):
+        taken = latency.latencies(place, size, 20 * options.scale + 1)
+    shown: dict[str, float] = {}
+    for call, values in taken.items():
+        shown |= {f"{call} p50": latency.percentile(values, 50), f"{call} p99": latency.percentile(values, 99)}
+        shown[f"{call} calls"] = len(values)
+    report.add("latency", shown, latency.judge(taken))
+    report.list(f"latency beside a plain copy of {size // MIB} MiB on ext4, seconds", shown)
+
+
+def _many(options: argparse.Namespace, work: Path, report: Report) -> None:
+    files = max(10, int(1_000_000 * options.scale))
+    for kind in options.filesystems:
+        with (
+            site(kind, work, max(LEAST_BYTES, int(24576 * MIB * options.scale))) as place,
+            report.doing(f"{files} files on {kind}"),
+        ):
+            found = many.many_files(place, files)
+        report.add(f"{kind} many", found, many.judge(found))
+        report.list(f"{files} files in one volume on {kind}", found)
+
+
+def _nfs(options: argparse.Namespace, _work: Path, report: Report) -> None:
+    with report.doing("NFS in a guest"):
+        figures = nfs.measure(options.scale)
+    report.add("nfs", figures, nfs.judge(figures))
+    report.list("NFS, kernel server and client in user-mode Linux, seconds", figures)
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.captures", description=__doc__)
+    parser = argparse.ArgumentParser(prog="make bench ARGS=…", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run")
-    parser.add_argument("--filesystems", nargs="+", choices=("xfs", "btrfs", "ext4"), default=("xfs", "btrfs", "ext4"))
-    parser.add_argument("--runs", type=int, default=5, help="how often each way is taken")
+    parser.add_argument("--filesystems", nargs="+", choices=KINDS, default=KINDS, help="for the parts copies and many")
+    parser.add_argument("--runs", type=int, default=5, help="how often each way is taken (default: %(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of the sizes; below 1 the targets mean little")
-    parser.add_argument("--directory", type=Path, help="where the images are put (default: the temporary directory)")
+    parser.add_argument(
+        "--directory", type=Path, help="where the images are put, up to 24 GiB (default: the temporary directory)"
+    )
     parser.add_argument("--output", choices=("table", "json"), default="table")
     return parser.parse_args(arguments)
-
-
-def _say(options: argparse.Namespace, title: str, figures: dict[str, float]) -> None:
-    if options.output == "table":
-        print(f"\n{title}")
-        for name, value in figures.items():
-            print(f"  {name:<40} {value:>12.4f}" if isinstance(value, float) else f"  {name:<40} {value:>12}", flush=True)
-
-
-def _conclude(options: argparse.Namespace, result: dict[str, dict], verdicts: list[tuple[str, float, float]]) -> None:
-    if options.output == "json":
-        targets = [
-            {"what": what, "measured": measured, "target": target, "met": measured <= target}
-            for what, measured, target in verdicts
-        ]
-        print(json.dumps({"scale": options.scale, "runs": options.runs, "figures": result, "targets": targets}, indent=1))
-        return
-    print("\ntargets")
-    for what, measured, target in verdicts:
-        print(f"  {'met   ' if measured <= target else 'MISSED'} {what:<68} {measured:>9.3f}  (at most {target:g})")
 
 
 if __name__ == "__main__":

@@ -84,11 +84,13 @@ def site(kind: str, work: Path, size: int) -> Iterator[Site]:
     with image.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, size)  # or who comes first pays for making the image larger
     options = ["-m", "reflink=1"] if kind == "xfs" else []
-    subprocess.run([f"mkfs.{kind}", "-q", *options, image], check=True, stderr=subprocess.DEVNULL)
+    subprocess.run([f"mkfs.{kind}", "-q", *options, image], check=True, capture_output=True)  # btrfs talks, also when quiet
     # Direct, or the image's own page cache would take gigabytes at once and make each commit of a journal wait for them.
     attach = ["losetup", "--find", "--show", "--direct-io=on", image]
     device = subprocess.run(attach, check=True, capture_output=True, text=True).stdout.strip()
-    (home / "pools.toml").write_text(f'[driver]\nbackend = "hostpath"\n[pools.default]\npath = "{place}/pool"\n')
+    (home / "pools.toml").write_text(
+        f'[driver]\nbackend = "hostpath"\n[pools.default]\npath = "{place}/pool"\novercommit = 1000\n'
+    )
     driver = DriverProcess(home)
     try:
         subprocess.run(["mount", device, place], check=True)

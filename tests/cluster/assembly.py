@@ -7,7 +7,7 @@ from pathlib import Path
 from cluster import binaries, control_plane, driver, images, teardown
 from cluster.kubectl import Kubectl
 from cluster.layout import KUBECONFIG, LOGS, NODES, STATE
-from cluster.nodes import PAUSE, SOCKET, Node, all_nodes
+from cluster.nodes import PAUSE, Node, all_nodes
 from cluster.progress import say, step, wait_until
 
 
@@ -45,7 +45,6 @@ def is_up() -> bool:
 def _start(node: Node, client: Kubectl, archives: list[Path]) -> None:
     node.boot()
     node.start_runtime()
-    wait_until(f"containerd on {node.name}", lambda: node.machine.run("ctr", "--address", SOCKET, "version"), 30)
     for archive in archives:
         node.import_image(archive)
     node.start_kubelet()

@@ -7,7 +7,7 @@ import urllib.request
 from collections.abc import Sequence
 
 from cluster import binaries, certificates
-from cluster.kubectl import Kubectl
+from cluster.kubectl import Kubectl, Object
 from cluster.layout import (
     API_PORT,
     BRIDGE,
@@ -124,6 +124,7 @@ def _start_snapshots(host: Machine, client: Kubectl) -> None:
     kinds = sorted(str(path) for path in binaries.snapshot_crds().glob("*.storage.k8s.io_*.yaml"))
     client.run("apply", "--server-side", *(word for kind in kinds for word in ("-f", kind)))
     Kubectl("kube-system").run("apply", "-f", str(binaries.snapshot_controller_rbac()))
+    client.apply(*_reads_nodes())
     client.run("wait", "--for=condition=Established", "--timeout=30s", *(word for kind in kinds for word in ("-f", kind)))
     host.start(
         "snapshot-controller",
@@ -133,6 +134,18 @@ def _start_snapshots(host: Machine, client: Kubectl) -> None:
         "--enable-distributed-snapshotting=true",
         "--feature-gates=CSIVolumeGroupSnapshot=true",
     )
+
+
+def _reads_nodes() -> list[Object]:
+    """Let the snapshot-controller read nodes: distributed snapshotting needs it, and its own manifest has that rule commented out."""
+    role = {"kind": "ClusterRole", "name": "snapshot-controller-nodes", "apiGroup": "rbac.authorization.k8s.io"}
+    rule = {"apiGroups": [""], "resources": ["nodes"], "verbs": ["get", "list", "watch"]}
+    subject = {"kind": "ServiceAccount", "name": "snapshot-controller", "namespace": "kube-system"}
+    version, name = "rbac.authorization.k8s.io/v1", {"name": role["name"]}
+    return [
+        {"apiVersion": version, "kind": "ClusterRole", "metadata": name, "rules": [rule]},
+        {"apiVersion": version, "kind": "ClusterRoleBinding", "metadata": name, "roleRef": role, "subjects": [subject]},
+    ]
 
 
 def bridge_commands() -> list[list[str]]:

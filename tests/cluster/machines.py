@@ -130,6 +130,28 @@ class Machine:
                 _signal(pid, signal.SIGKILL)
             wait_until(f"the end of {program} on {self.name}", lambda: not self.pids(program), 10)
 
+    def kill(self, *words: str) -> None:
+        """Kill, with -9, each process of the machine, its containers included, whose arguments contain all `words`."""
+        killed = 0
+        for pid, arguments in _processes():
+            if all(any(word == Path(argument).name for argument in arguments) for word in words) and self._holds(pid):
+                _signal(pid, signal.SIGKILL)
+                killed += 1
+        if not killed:
+            raise RuntimeError(f"{self.name} runs no {' '.join(words)}")
+
+    def _holds(self, pid: int) -> bool:
+        """Say whether a process is in the machine or in one of its containers: all descend from process 1."""
+        first = self.pid
+        while pid > 1:
+            if pid == first:
+                return True
+            try:
+                pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                return False
+        return False
+
     def path(self, inside: str | Path) -> Path:
         """Return how this host sees a path of the machine, its mounts included."""
         return Path(f"/proc/{self.pid}/root") / str(inside).lstrip("/")

@@ -12,7 +12,8 @@ from pathlib import Path
 from cluster import certificates, control_plane
 from cluster.kubectl import Kubectl, ready
 from cluster.layout import BINARIES, BRIDGE, GATEWAY, NETWORK_BITS, NODES, NodeSpec
-from cluster.machines import Machine
+from cluster.machines import Machine, destroy_all
+from cluster.progress import wait_until
 
 POOL = Path("/var/lib/tatami")
 SOCKET = "/run/containerd/containerd.sock"
@@ -34,11 +35,12 @@ class Node:
         return self.spec.name
 
     def boot(self) -> None:
-        """Make the machine with its disk and its network. Nothing runs in it yet."""
+        """Make the machine with its network and, the first time, its disk and its files. Nothing runs in it yet."""
         self.machine.boot()
-        self._make_disk()
         _make_cgroup(self.spec.cgroup)
-        self._write_files()
+        if not (self.spec.directory / "disk").exists():
+            self._make_disk()
+            self._write_files()
         self.machine.run("sh", "-ec", MOUNTS, "sh", str(BINARIES), str(self.spec.var), str(self.spec.directory / "disk"))
         link = self.spec.link
         host = [
@@ -51,9 +53,23 @@ class Node:
         routes = [f"{other.pods} via {other.address}" for other in NODES if other != self.spec]
         self.machine.run("sh", "-ec", NETWORK, "sh", f"{self.spec.address}/{NETWORK_BITS}", GATEWAY, *routes)
 
+    def power_off(self) -> None:
+        """End all that runs on it at once, as a power cut does; its disk and what it has in /var stay."""
+        destroy_all(self.name)
+        # The network namespace takes it along, perhaps only now.
+        subprocess.run(["ip", "link", "delete", self.spec.link], capture_output=True, check=False)
+        wait_until(f"the end of {self.name}'s disk", lambda: not loop_devices(self.spec.directory), 20)
+
+    def start(self) -> None:
+        """Start its services, as at boot."""
+        self.start_runtime()
+        self.start_kubelet()
+        self.start_proxy()
+
     def start_runtime(self) -> None:
-        """Start containerd."""
+        """Start containerd and wait until it answers."""
         self.machine.start("containerd", "containerd", "--config=/var/lib/cluster/containerd.toml")
+        wait_until(f"containerd on {self.name}", lambda: self._ctr("version"), 30)
 
     def start_kubelet(self) -> None:
         """Start the kubelet."""
@@ -103,6 +119,13 @@ class Node:
         if done.returncode != 0:
             raise RuntimeError(f"{self.name}: import of {archive.name}: {done.stderr}")
 
+    def tag_image(self, image: str, name: str) -> None:
+        """Give an image of the node one more name."""
+        self._ctr("--namespace", "k8s.io", "images", "tag", "--force", image, name)
+
+    def _ctr(self, *arguments: str) -> str:
+        return self.machine.run("ctr", "--address", SOCKET, *arguments).stdout
+
     def see(self, inside: str | Path) -> Path:
         """Return a path of the node as this host's tests can open it."""
         return self.machine.path(inside)
@@ -142,6 +165,19 @@ def cgroup_directories(prefix: str) -> Iterator[Path]:
         yield from CGROUPS.glob(f"{prefix}*")
     else:
         yield from CGROUPS.glob(f"*/{prefix}*")
+
+
+def loop_devices(directory: Path) -> list[str]:
+    """Find the loop devices of this host whose files are in a directory, or were."""
+    found = []
+    for file in Path("/sys/block").glob("loop*/loop/backing_file"):
+        try:
+            backing = file.read_text().strip()
+        except OSError:
+            continue  # it was let go meanwhile
+        if Path(backing.removesuffix(" (deleted)")).is_relative_to(directory):
+            found.append(file.parts[3])
+    return found
 
 
 def kubelet_configuration(cgroup: str) -> dict[str, object]:

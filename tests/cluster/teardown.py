@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cluster.layout import PREFIX, STATE
 from cluster.machines import destroy_all, running
-from cluster.nodes import cgroup_directories
+from cluster.nodes import cgroup_directories, loop_devices
 from cluster.progress import wait_until
 
 
@@ -34,7 +34,7 @@ def leftovers() -> list[str]:
     """List what of a cluster is on this host: processes, mounts, loop devices, network devices, cgroups, the directory."""
     found = [f"process {pid}" for pid in running()]
     found += [f"mount {point}" for point in mounts_below(STATE)]
-    found += [f"loop device {device}" for device in _loop_devices()]
+    found += [f"loop device {device}" for device in loop_devices(STATE)]
     found += [f"network device {link}" for link in _links()]
     found += [f"cgroup {directory}" for directory in cgroup_directories(PREFIX)]
     if STATE.exists():
@@ -51,18 +51,6 @@ def mounts_below(directory: Path) -> list[str]:
 def _links() -> list[str]:
     shown = subprocess.run(["ip", "-json", "link", "show"], capture_output=True, text=True, check=True).stdout
     return [link["ifname"] for link in json.loads(shown) if link["ifname"].startswith(PREFIX)]
-
-
-def _loop_devices() -> list[str]:
-    found = []
-    for file in Path("/sys/block").glob("loop*/loop/backing_file"):
-        try:
-            backing = file.read_text().strip()
-        except OSError:
-            continue  # it was let go meanwhile
-        if Path(backing.removesuffix(" (deleted)")).is_relative_to(STATE):
-            found.append(file.parts[3])
-    return found
 
 
 def _remove_cgroup(directory: Path) -> None:

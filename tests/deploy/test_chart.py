@@ -196,12 +196,18 @@ def test_classes_name_the_driver_and_parameters_that_it_takes(objects):
         "--set=hostpath.storageClasses[0].pool=default",
         "--set=hostpath.storageClasses[0].parameters.mode=2770",
         "--set=hostpath.storageClasses[0].parameters.uid=1000",
+        "--set=hostpath.storageClasses[0].parameters.verify=true",
+        "--set=hostpath.snapshotClasses[0].name=tatami",
+        "--set=hostpath.snapshotClasses[0].parameters.digests=true",
         "--set-string=hostpath.storageClasses[0].parameters.directory=$\\{pvc.name\\}",
     )
     (first,) = (c for c in of_kind(classes, "StorageClass") if c["metadata"]["name"] == "tatami")
     metadata = {f"csi.storage.k8s.io/{what}": "x" for what in ("pvc/name", "pvc/namespace", "pv/name")}
     parsed = parameters.parse_class_parameters(first["parameters"] | metadata)
     assert (parsed.pool, parsed.ownership.uid, parsed.ownership.mode) == ("default", 1000, 0o2770)
+    (snapshots,) = (c for c in of_kind(classes, "VolumeSnapshotClass") if c["metadata"]["name"] == "tatami")
+    assert snapshots["parameters"] == {"digests": "true"}
+    assert parameters.parse_snapshot_parameters(snapshots["parameters"])
     for found in of_kind(classes, "VolumeAttributesClass"):
         assert parameters.parse_mutable_parameters(found["parameters"]) == OnDelete.RETAIN
     drivers = {d["metadata"]["name"] for d in of_kind(classes, "CSIDriver")}

@@ -30,7 +30,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 CHECKOUT = HERE.parent.parent
 KERNEL = "linux.uml"
 PREFIX = "tatami-guest-"
-HANDED_ON = ("CSI_SANITY", "TATAMI_OUTAGE_SECONDS", "TATAMI_SPEED_FILES")
+HANDED_ON = ("CSI_SANITY", "TATAMI_OUTAGE_SECONDS", "TATAMI_SPEED_FILES", "TATAMI_SPEED_MIB")
 """Variables that tests in a guest obey as those on the machine do; the first names a file."""
 
 

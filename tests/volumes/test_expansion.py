@@ -42,7 +42,7 @@ def test_the_node_makes_a_volume_of_its_pool_larger_itself(bench):
     assert bench.node.expand(handle, str(target), CapacityRange(8 * MIB)) == 8 * MIB
     assert bench.volumes.get(handle).record.capacity_bytes == 8 * MIB
     assert bench.node.expand(handle, str(target), CapacityRange(2 * MIB)) == 8 * MIB
-    with pytest.raises(OutOfRange, match=r"has .* bytes free"):
+    with pytest.raises(OutOfRange, match="but pool default has"):
         bench.node.expand(handle, str(target), CapacityRange(2**62))
 
 

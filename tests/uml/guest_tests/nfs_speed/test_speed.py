@@ -1,9 +1,11 @@
 """How long things take beside other ways to do them, on the same mount and in the same guest: ratios, never seconds alone.
 
-TATAMI_SPEED_FILES=10000 makes the tree of small files as large as the project promises to be good at.
+TATAMI_SPEED_FILES and TATAMI_SPEED_MIB make the trees smaller than those that the project promises to be good at. Each test prints
+a line `FIGURE {…}`, seconds by what was done, for the benchmark (tests/bench/nfs.py).
 """
 
 import itertools
+import json
 import os
 import pathlib
 import statistics
@@ -15,8 +17,8 @@ from driver_in_guest import Cluster, pool_of, shell
 
 from csi_driver.rpc import csi_pb2 as csi
 
-FILES = int(os.environ.get("TATAMI_SPEED_FILES", "2000"))
-LARGE_BYTES = 1 << 30
+FILES = int(os.environ.get("TATAMI_SPEED_FILES", "10000"))
+LARGE_BYTES = int(os.environ.get("TATAMI_SPEED_MIB", "1024")) << 20
 NAMES = itertools.count()
 # What csi-driver-nfs does for each call: mount the share, make or remove the directory, unmount.
 PEER = """
@@ -51,6 +53,10 @@ def timed(act) -> float:
     began = time.monotonic()
     act()
     return time.monotonic() - began
+
+
+def show(**seconds: float) -> None:
+    print(f"FIGURE {json.dumps({name: round(value, 4) for name, value in seconds.items()})}")
 
 
 def directory_of(cluster, volume) -> str:
@@ -89,6 +95,8 @@ def test_a_gibibyte_is_captured_and_restored_in_the_time_of_a_few_bytes(cluster,
     )
     assert pathlib.Path(server.tree(file)).stat().st_size == LARGE_BYTES
     small, big = captures(cluster, little), captures(cluster, large)
+    for what, taken in (("8 bytes", small), ("large", big)):
+        show(**{f"{what}: {kind}": statistics.median(values) for kind, values in taken.items()})
     for kind in big:
         few, many = statistics.median(small[kind]), statistics.median(big[kind])
         print(
@@ -121,7 +129,7 @@ def test_many_small_files_are_captured_faster_than_by_cp_on_the_same_mount(clust
         for _ in range(2 if FILES <= 2000 else 1):
             name = f"many-{next(NAMES)}"
             cp = f"cp -a --reflink=auto {place}/{directory} {place}/{name} && sync -f {place}/{name}"
-            theirs.append(timed(lambda cp=cp: shell(controller, cp, timeout=300)))
+            theirs.append(timed(lambda cp=cp: shell(controller, cp, timeout=500)))
             ours.append(timed(lambda name=name: cluster.create(name, volume=volume.handle)))
     finally:
         server.delay(0)
@@ -129,9 +137,9 @@ def test_many_small_files_are_captured_faster_than_by_cp_on_the_same_mount(clust
     print(
         f"{FILES} files, 1 ms away: {statistics.median(ours):.2f} s, cp -a {statistics.median(theirs):.2f} s: {ratio:.1f} times as fast"
     )
+    show(**{"small files: clone": statistics.median(ours), "small files: cp -a": statistics.median(theirs)})
     controller.detach(place)
-    # The project's aim is 3, which a quiet guest shows; its one processor serves both ends, and cp, which waits, does not mind a busy one.
-    assert ratio >= 2
+    assert ratio >= 3
 
 
 def test_volumes_are_made_and_deleted_at_five_times_the_rate_of_a_mount_for_each_call(cluster, server, network):
@@ -153,5 +161,6 @@ def test_volumes_are_made_and_deleted_at_five_times_the_rate_of_a_mount_for_each
     print(
         f"create and delete: {statistics.median(ours) * 1000:.1f} ms, with mounts {statistics.median(theirs) * 1000:.1f} ms: {ratio:.1f} times the rate"
     )
+    show(**{"create and delete": statistics.median(ours), "create and delete, a mount for each": statistics.median(theirs)})
     peer.close()
     assert ratio >= 5

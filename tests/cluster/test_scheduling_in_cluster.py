@@ -1,0 +1,77 @@
+"""Where volumes and their pods land, on hostPath: node1 has a disk of 10 GiB, node2 one of 20."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from cluster.driver import POOL
+from cluster.kubectl import Kubectl
+from cluster.nodes import Node
+from cluster.objects import claim, of_claim, pod
+from cluster.progress import wait_until
+from cluster.story import Story, node_of_volume
+
+NODE1_FIRST = {
+    "nodeAffinity": {
+        "preferredDuringSchedulingIgnoredDuringExecution": [
+            {
+                "weight": 100,
+                "preference": {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "In", "values": ["node1"]}]},
+            }
+        ]
+    }
+}
+
+
+@contextlib.contextmanager
+def _filled(node: Node, gibibytes: int) -> Iterator[None]:
+    """Take room on a node's disk, as another tenant of it would."""
+    file = node.see(POOL.parent / "taken")
+    with file.open("wb") as stream:
+        os.posix_fallocate(stream.fileno(), 0, gibibytes << 30)
+    try:
+        yield
+    finally:
+        file.unlink()
+
+
+def _known_room(node: str) -> int:
+    """What Kubernetes believes to be free in the pool of a node, in bytes."""
+    found = Kubectl("tatami-system").find("csistoragecapacities")
+    mine = [item for item in found if node in str(item.get("nodeTopology")) and item["storageClassName"] == "tatami"]
+    return _bytes(mine[0]["capacity"])
+
+
+def _bytes(quantity: str) -> int:
+    units = {"Ki": 10, "Mi": 20, "Gi": 30}
+    return int(quantity[:-2]) << units[quantity[-2:]] if quantity[-2:] in units else int(quantity)
+
+
+def test_the_room_of_each_node_is_published(story: Story):
+    for node in story.nodes.values():
+        free = os.statvfs(node.see(POOL))
+        assert abs(_known_room(node.name) - free.f_bavail * free.f_frsize) < 1 << 30
+
+
+def test_a_volume_too_large_for_one_node_lands_on_the_other(story: Story):
+    story.make(claim("large", size="15Gi"))
+    story.run(pod("user", {"/data": of_claim("large")}, affinity=NODE1_FIRST))
+    assert story.node_of("user").name == "node2"
+    assert node_of_volume(story.bound("large")) == ["node2"]
+
+
+def test_a_volume_too_large_for_all_nodes_keeps_its_pod_waiting_and_says_why(story: Story):
+    story.make(claim("huge", size="500Gi"), pod("user", {"/data": of_claim("huge")}))
+    story.refused("Pod", "user", "FailedScheduling", "did not have enough free storage")
+    assert story.volumes() == []
+
+
+def test_a_pod_that_fits_nowhere_runs_as_soon_as_there_is_room(story: Story):
+    node = story.nodes["node2"]
+    with _filled(node, 12):
+        # Published every minute, and when a volume comes or goes.
+        wait_until("less room on node2", lambda: _known_room("node2") < 9 << 30, 90)
+        story.make(claim("large", size="15Gi"), pod("user", {"/data": of_claim("large")}))
+        story.refused("Pod", "user", "FailedScheduling", "did not have enough free storage")
+    story.k.wait("pod", "user", lambda item: item["status"]["phase"] == "Running", 120)
+    assert story.node_of("user").name == "node2"
