@@ -4,6 +4,7 @@ Nobody ever sees half a volume: until the move the content has no name that a te
 A crash in between leaves a staging directory, which the retry or the sweeper throws away.
 """
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from csi_driver.errors import FailedPrecondition, InvalidArgument, NotFound, Ope
 from csi_driver.linux import btrfs, files
 from csi_driver.linux.system_calls import InodeReader
 from csi_driver.linux.trees import apply_owner_and_mode
-from csi_driver.volumes.captures import Captures
+from csi_driver.volumes.captures import Captures, Hold, HoldNothing
 from csi_driver.volumes.jobs import JobControl
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import CaptureReport, Ownership, SourceKind, VolumeRecord
@@ -55,12 +56,12 @@ class Contents:
 
     # --- build --------------------------------------------------------------------------------------------------------------------
 
-    def make_empty(self, store: PoolStore, record: VolumeRecord) -> None:
-        """Make an empty directory in staging, with the owner and mode that the class asks for."""
+    def make_empty(self, store: PoolStore, record: VolumeRecord, hold: Hold) -> None:
+        """Make an empty directory in staging, held to its size, with the owner and mode that the class asks for."""
         store.trash_staging(record.id)
         with store.open(STAGING) as staging:
             name = _staging_name(record.id, record.token)
-            self._captures.make_empty(store, staging, name)
+            self._captures.make_empty(store, staging, name, hold)
             mode = _NEW_VOLUME_MODE if record.ownership.mode is None else record.ownership.mode
             self._dress(staging, name, replace(record.ownership, mode=mode))
 
@@ -72,6 +73,7 @@ class Contents:
         source: Source,
         ownership: Ownership | None,
         job: JobControl,
+        hold: Hold | None = None,
     ) -> CaptureReport:
         """Copy `source`, which the caller holds (sources.py), into staging, all of it or nothing, and bring it to disk.
 
@@ -81,7 +83,7 @@ class Contents:
         name = _staging_name(record_id, token)
         with _open_source(source) as origin, store.open(STAGING) as staging:
             job.total_bytes = source.bytes
-            report = self._captures.capture(store, origin.fd, staging, name, job)
+            report = self._captures.capture(store, origin.fd, staging, name, job, hold or HoldNothing())
             self._dress(staging, name, ownership or Ownership())
         return report
 
@@ -132,7 +134,15 @@ class Contents:
                     except FileExistsError:
                         store.volumes.replace(replace(record, claimed=False, content_inode=None))
                         raise _exists(store, record.directory) from None
-                files.move_into_place(staging, staged, parent, name)
+                try:
+                    files.move_into_place(staging, staged, parent, name)
+                except OSError as error:
+                    if error.errno != errno.EXDEV:
+                        raise
+                    raise InvalidArgument(
+                        f"directory {quoted(record.directory)}: what it lies in hands on a project id (chattr +P), so it takes in no volume that "
+                        "has one of its own; choose another `directory`"
+                    ) from error
         return record
 
     def place_snapshot(self, store: PoolStore, record_id: str, token: str) -> None:

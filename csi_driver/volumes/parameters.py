@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from csi_driver.config.values import ConfigError, parse_quantity
 from csi_driver.errors import InvalidArgument, quoted
-from csi_driver.volumes.model import ClassParameters, OnDelete, Ownership
+from csi_driver.volumes.model import ClassParameters, LimitPolicy, OnDelete, Ownership
 
 PVC_NAME = "csi.storage.k8s.io/pvc/name"
 PVC_NAMESPACE = "csi.storage.k8s.io/pvc/namespace"
@@ -53,7 +53,7 @@ def parse_class_parameters(parameters: Mapping[str, str], mutable: Mapping[str, 
     Raises InvalidArgument naming the key, its value and what is allowed.
     """
     own = _without_kubernetes(parameters)
-    _refuse_unknown("parameters", own, ("pool", "directory", "onDelete", "uid", "gid", "mode", "verify"))
+    _refuse_unknown("parameters", own, ("pool", "directory", "onDelete", "uid", "gid", "mode", "verify", "limit", "inodes"))
     on_delete = parse_mutable_parameters(mutable or {}) or _take("parameters", own, "onDelete", _on_delete)
     return ClassParameters(
         pool=_take("parameters", own, "pool", _pool),
@@ -64,6 +64,8 @@ def parse_class_parameters(parameters: Mapping[str, str], mutable: Mapping[str, 
             gid=_take("parameters", own, "gid", _owner),
             mode=_take("parameters", own, "mode", _mode),
         ),
+        limit=_take("parameters", own, "limit", _limit) or LimitPolicy.PREFERRED,
+        inodes=_take("parameters", own, "inodes", _inodes),
     )
 
 
@@ -173,6 +175,21 @@ def _yes_or_no(field: str, value: str) -> bool:
     if value not in {"true", "false"}:
         raise InvalidArgument.field(field, value, 'allowed are "true" and "false"')
     return value == "true"
+
+
+def _limit(field: str, value: str) -> LimitPolicy:
+    try:
+        return LimitPolicy(value)
+    except ValueError:
+        raise InvalidArgument.field(field, value, "allowed are `preferred` and `required`") from None
+
+
+def _inodes(field: str, value: str) -> int:
+    if not re.fullmatch(r"[1-9][0-9]{0,17}", value, re.ASCII):
+        raise InvalidArgument.field(
+            field, value, "the most files and directories that a volume may have: a whole number from 1"
+        )
+    return int(value)
 
 
 def _owner(field: str, value: str) -> int:

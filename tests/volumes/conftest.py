@@ -11,6 +11,7 @@ from hypothesis import settings
 
 from csi_driver.config import HostPathPool
 
+pytest.register_assert_rewrite("limit_stories")
 settings.register_profile("whatever the machine is busy with", deadline=None)
 settings.load_profile("whatever the machine is busy with")
 

@@ -13,6 +13,9 @@ from csi_driver.volumes.model import (
     ContentSource,
     GroupRecord,
     Layout,
+    Limit,
+    LimiterKind,
+    LimitPolicy,
     NodePublication,
     OnDelete,
     Ownership,
@@ -40,6 +43,9 @@ FULL = replace(
     epoch=3,
     ephemeral=True,
     verify=True,
+    limit_policy=LimitPolicy.REQUIRED,
+    inodes=9,
+    limit=Limit(LimiterKind.PROJECT_QUOTA, "hard", 7),
 )
 
 
