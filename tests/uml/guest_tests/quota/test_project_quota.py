@@ -114,7 +114,7 @@ def test_two_controllers_never_give_one_project_to_two_volumes(held, monkeypatch
         children.append(os.fork())
         if children[-1] == 0:
             bench = held.bench.restarted()
-            marks = [bench.create(f"v{number}-{volume}", SIZE).record.limit.mark for volume in range(40)]
+            marks = [bench.create(f"v{number}-{volume}", MIB).record.limit.mark for volume in range(40)]
             os.write(write_end, json.dumps(marks).encode())
             os._exit(0)
         os.close(write_end)
