@@ -10,6 +10,7 @@ import ctypes
 import errno
 import os
 import struct
+import sys
 from dataclasses import dataclass
 
 _PROJECT = 2  # PRJQUOTA
@@ -80,6 +81,7 @@ def set_limits(descriptor: int, project: int, limit_bytes: int, limit_inodes: in
 
     There is no soft limit: a time of grace would let a volume grow beyond its size.
     """
+    sys.audit("quota.set_limits", project, limit_bytes, limit_inodes)  # as Python does for the calls that it knows
     blocks = -(-limit_bytes // _BLOCK)
     _call(descriptor, _SET_QUOTA, project, bytearray(_DQBLK.pack(blocks, 0, 0, limit_inodes, 0, 0, 0, 0, _LIMITS)))
 

@@ -17,10 +17,12 @@ _KILLED = 9
 _FAILED = 70
 
 
-def runs_to_its_end(operation: Callable[[], object], last_change: int, more: frozenset[str] = frozenset()) -> bool:
+def runs_to_its_end(
+    operation: Callable[[], object], last_change: int, more: Callable[[str, tuple], bool] | None = None
+) -> bool:
     """Run `operation` in a child that dies just before its change number `last_change` (from 1). False if it died there.
 
-    `more` names further audit events that count as changes.
+    `more` tells which further audit events (name and arguments) are changes.
     """
     complaint, complain = os.pipe()
     child = os.fork()
@@ -46,14 +48,16 @@ def every_crash(operation_of: Callable[[int], Callable[[], object]], most: int =
     raise AssertionError(f"not complete after {most} changes")
 
 
-def _in_child(operation: Callable[[], object], last_change: int, complain: int, more: frozenset[str]) -> None:
+def _in_child(
+    operation: Callable[[], object], last_change: int, complain: int, more: Callable[[str, tuple], bool] | None
+) -> None:
     code = _FAILED
     try:
         left = last_change
 
         def count(event: str, args: tuple) -> None:
             nonlocal left
-            if event in _CHANGES or event in more or (event == "open" and _matters(args)):
+            if event in _CHANGES or (event == "open" and _matters(args)) or (more and more(event, args)):
                 left -= 1
                 if left == 0:
                     os._exit(_KILLED)

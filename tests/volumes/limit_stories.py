@@ -19,6 +19,8 @@ from trees import seen
 
 from csi_driver.config import HostPathPool
 from csi_driver.errors import AlreadyExists, OutOfRange, ResourceExhausted
+from csi_driver.linux import btrfs_qgroups, projects, quota
+from csi_driver.linux.project_limits import FIRST
 from csi_driver.linux.system_calls import sync_filesystem
 from csi_driver.volumes.limiters import LIMITERS, PRIVILEGED
 from csi_driver.volumes.model import (
@@ -112,8 +114,6 @@ class Held:
 
 
 def limits_at(descriptor, limit):
-    from csi_driver.linux import btrfs_qgroups, quota
-
     if limit.limiter == "btrfs qgroup":
         return btrfs_qgroups.read_qgroup(descriptor, limit.mark).limit_bytes, 0
     found = quota.read_quota(descriptor, limit.mark)
@@ -253,7 +253,7 @@ def expand(held, volume, size):
 def test_an_expansion_that_was_cut_off_is_completed_by_a_retry_also_by_one_that_asks_for_less(held):
     volume = held.create("v")
     for crash in itertools.count(1):
-        done = runs_to_its_end(lambda: expand(held, volume, 4 * SIZE), crash, QUOTA)  # noqa: B023 - called at once
+        done = runs_to_its_end(lambda: expand(held, volume, 4 * SIZE), crash, changes_a_quota)  # noqa: B023 - called at once
         recorded = held.bench.volumes.get(volume.record.handle).record.capacity_bytes
         for retried in (SIZE, 2 * SIZE, 3 * SIZE, 4 * SIZE):
             assert expand(held, volume, retried) == max(retried, recorded)
@@ -377,8 +377,11 @@ def make_files(directory, count):
 
 # --- kill -9 ----------------------------------------------------------------------------------------------------------------------
 
-QUOTA = frozenset({"ctypes.addressof", "fcntl.ioctl"})
-"""Audit events of calls that are made to see or change a quota, beside the changes that crash.py knows."""
+_SETS = {projects._SET, btrfs_qgroups._SET_LIMIT}
+
+
+def changes_a_quota(event, args):
+    return event == "quota.set_limits" or (event == "fcntl.ioctl" and args[1] in _SETS)
 
 
 def crashes(held, operation, check):
@@ -386,7 +389,7 @@ def crashes(held, operation, check):
     change = 0
     while True:
         change += 1
-        done = runs_to_its_end(lambda: operation(held.bench.restarted(), change), change, QUOTA)  # noqa: B023 - called at once
+        done = runs_to_its_end(lambda: operation(held.bench.restarted(), change), change, changes_a_quota)  # noqa: B023 - called at once
         again = Held(held.bench.restarted(), held.disk)
         again.bench.age_temporaries()
         check(again, operation(again.bench, change), change)
@@ -440,8 +443,6 @@ def test_a_deletion_killed_at_any_step_is_completed_and_only_what_is_kept_stays_
 
 def marks_in_use(held):
     """The project ids of our range that something has or that have a limit; of a btrfs, the groups with a limit."""
-    from csi_driver.linux import quota
-
     held.sync()
     if not held.counts_inodes:
         listed = subprocess.run(["btrfs", "subvolume", "list", held.disk], check=True, capture_output=True, text=True).stdout
@@ -471,6 +472,4 @@ def settled(unused, seconds=3.0):
 def ids_near(held):
     ids = held.limits._ids_of(held.bench.pool())
     first = ids._next - ids._next % 2**16
-    from csi_driver.linux.project_limits import FIRST
-
     return range(FIRST + first, FIRST + first + 2048)
