@@ -8,7 +8,7 @@ import time
 import pytest
 from bench import MIB
 from limit_stories import *  # noqa: F403 - the tests that every limiter has to pass
-from limit_stories import SIZE, Held, bench_on, du, limits_at, marks_in_use, settled, write
+from limit_stories import SIZE, Held, bench_on, du, limits_at, marks_in_use, wait_for, write
 
 from csi_driver.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from csi_driver.linux import project_limits, quota
@@ -79,7 +79,7 @@ def test_what_is_in_the_trash_retained_or_somebody_elses_keeps_its_project_id(he
     ids._next -= 1  # as if the range were through, or the driver just started
     assert held.create("next").record.limit.mark == deleted + 2
     held.bench.sweep()
-    assert settled(lambda: quota.read_quota(descriptor, deleted).unused)
+    assert wait_for(lambda: quota.read_quota(descriptor, deleted).unused)
     ids._next = ids._next - 3
     assert held.create("again").record.limit.mark == deleted
     os.close(descriptor)
