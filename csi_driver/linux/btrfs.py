@@ -26,23 +26,23 @@ NOT_HERE = frozenset({errno.ENOTTY, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL
 """What a call answers where subvolumes cannot be had: another filesystem, a user namespace, a source on another disk."""
 
 
-def _request(direction: int, number: int, size: int) -> int:
+def request_number(direction: int, number: int, size: int) -> int:
     return direction << 30 | size << 16 | _MAGIC << 8 | number
 
 
 _READ, _WRITE = 2, 1
-_SUBVOLUME_CREATE = _request(_WRITE, 24, _V2.size)
-_SNAPSHOT_CREATE = _request(_WRITE, 23, _V2.size)
-_SNAPSHOT_DESTROY = _request(_WRITE, 15, _V1.size)
-_FLAGS_GET = _request(_READ, 25, 8)
-_FLAGS_SET = _request(_WRITE, 26, 8)
-_LOOKUP = _request(_READ | _WRITE, 18, _INO_LOOKUP.size)
-_REFERENCES = _request(_READ | _WRITE, 61, _ROOT_REFERENCES.size)
+_SUBVOLUME_CREATE = request_number(_WRITE, 24, _V2.size)
+_SNAPSHOT_CREATE = request_number(_WRITE, 23, _V2.size)
+_SNAPSHOT_DESTROY = request_number(_WRITE, 15, _V1.size)
+_FLAGS_GET = request_number(_READ, 25, 8)
+_FLAGS_SET = request_number(_WRITE, 26, 8)
+_LOOKUP = request_number(_READ | _WRITE, 18, _INO_LOOKUP.size)
+_REFERENCES = request_number(_READ | _WRITE, 61, _ROOT_REFERENCES.size)
 
 
 def create(parent_fd: int, name: str) -> None:
     """Make an empty subvolume (mode as mkdir gives it). Raises OSError: `NOT_HERE`, FileExistsError, ENOSPC, EDQUOT."""
-    _call(parent_fd, _SUBVOLUME_CREATE, _V2.pack(0, 0, 0, _encoded(name)))
+    call(parent_fd, _SUBVOLUME_CREATE, _V2.pack(0, 0, 0, _encoded(name)))
 
 
 def snapshot(source_fd: int, parent_fd: int, name: str) -> None:
@@ -50,7 +50,7 @@ def snapshot(source_fd: int, parent_fd: int, name: str) -> None:
 
     Raises OSError: `NOT_HERE` (EINVAL: the source is no subvolume; EXDEV: another filesystem), FileExistsError, ENOSPC, EIO.
     """
-    _call(parent_fd, _SNAPSHOT_CREATE, _V2.pack(source_fd, 0, 0, _encoded(name)))
+    call(parent_fd, _SNAPSHOT_CREATE, _V2.pack(source_fd, 0, 0, _encoded(name)))
 
 
 def destroy(parent_fd: int, name: str | bytes) -> None:
@@ -58,7 +58,7 @@ def destroy(parent_fd: int, name: str | bytes) -> None:
 
     Raises OSError: ENOTEMPTY where other subvolumes lie in it, `NOT_HERE` where it is no subvolume, FileNotFoundError, ENOTDIR.
     """
-    _call(parent_fd, _SNAPSHOT_DESTROY, _V1.pack(0, _encoded(name)))
+    call(parent_fd, _SNAPSHOT_DESTROY, _V1.pack(0, _encoded(name)))
 
 
 def is_subvolume(descriptor: int) -> bool:
@@ -70,13 +70,13 @@ def subvolume_id(descriptor: int) -> int | None:
     """Return the number that this subvolume has and no other ever gets; None for what is no subvolume."""
     if _flags(descriptor) is None:
         return None
-    return int(_INO_LOOKUP.unpack(_call(descriptor, _LOOKUP, _INO_LOOKUP.pack(0, _TOP_INODE, b"")))[0])
+    return int(_INO_LOOKUP.unpack(call(descriptor, _LOOKUP, _INO_LOOKUP.pack(0, _TOP_INODE, b"")))[0])
 
 
 def holds_subvolumes(descriptor: int) -> bool:
     """Tell whether other subvolumes lie in this one, at any depth. Raises OSError (ENOTTY before Linux 4.18)."""
     try:
-        found = _call(descriptor, _REFERENCES, bytes(_ROOT_REFERENCES.size))
+        found = call(descriptor, _REFERENCES, bytes(_ROOT_REFERENCES.size))
     except OSError as error:
         if error.errno == errno.EOVERFLOW:  # more of them than one answer holds
             return True
@@ -88,21 +88,21 @@ def set_read_only(descriptor: int, *, read_only: bool) -> None:
     """Make a subvolume read-only or writable; what is no subvolume is left alone. Raises OSError (EPERM)."""
     flags = _flags(descriptor)
     if flags is not None and bool(flags & _READ_ONLY) != read_only:
-        _call(descriptor, _FLAGS_SET, struct.pack("=Q", flags ^ _READ_ONLY))
+        call(descriptor, _FLAGS_SET, struct.pack("=Q", flags ^ _READ_ONLY))
 
 
 def _flags(descriptor: int) -> int | None:
     if os.fstat(descriptor).st_ino != _TOP_INODE:
         return None
     try:
-        return int(struct.unpack("=Q", _call(descriptor, _FLAGS_GET, bytes(8)))[0])
+        return int(struct.unpack("=Q", call(descriptor, _FLAGS_GET, bytes(8)))[0])
     except OSError as error:
         if error.errno in NOT_HERE:
             return None
         raise
 
 
-def _call(descriptor: int, request: int, argument: bytes) -> bytearray:
+def call(descriptor: int, request: int, argument: bytes) -> bytearray:
     buffer = bytearray(argument)  # Python passes more than 1,024 bytes only if they can be written to
     fcntl.ioctl(descriptor, request, buffer)
     return buffer

@@ -132,7 +132,10 @@ def show_storage_health(entries: Sequence[HealthEntry]) -> csi.NodeGetStorageHea
 def show_stats(stats: VolumeStats) -> csi.NodeGetVolumeStatsResponse:
     """Show a volume's own usage, in bytes and in inodes."""
     return csi.NodeGetVolumeStatsResponse(
-        usage=[_usage(csi.VolumeUsage.BYTES, stats.bytes), _usage(csi.VolumeUsage.INODES, stats.inodes)]
+        usage=[
+            _usage(csi.VolumeUsage.BYTES, stats.bytes),
+            *([_usage(csi.VolumeUsage.INODES, stats.inodes)] if stats.inodes is not None else []),
+        ]
     )
 
 

@@ -22,6 +22,7 @@ from csi_driver.volumes.health import Health
 from csi_driver.volumes.image_staging import ImageStaging, boot_id
 from csi_driver.volumes.inline import InlineVolumes
 from csi_driver.volumes.jobs import Jobs
+from csi_driver.volumes.limits import Limits
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import NodeInfo, Topology
 from csi_driver.volumes.mount_groups import MountGroups
@@ -131,12 +132,12 @@ def assemble(installation: Installation) -> Domain:
         for name, backend in installation.backends.items()
     }
     pools = Pools(stores, installation.default_pool)
-    locks, jobs = KeyedLocks(), Jobs()
+    locks, jobs, limits = KeyedLocks(), Jobs(), Limits()
     promises = Promises(locks)
     contents, sources = Contents(locks, Captures(Turns())), Sources(pools, locks)
-    volume_removal, snapshot_removal = VolumeRemoval(locks, contents), SnapshotRemoval(locks)
+    volume_removal, snapshot_removal = VolumeRemoval(locks, contents, limits), SnapshotRemoval(locks)
     verifier = Verifier(locks, contents, sources)
-    provisioner = Provisioner(pools, locks, jobs, contents, sources, volume_removal, verifier, promises)
+    provisioner = Provisioner(pools, locks, jobs, contents, sources, volume_removal, verifier, promises, limits)
     snapshots = Snapshots(pools, locks, jobs, contents, sources, snapshot_removal, verifier)
     groups = Groups(pools, locks, jobs, snapshots, sources, snapshot_removal)
     health = Health(pools, promises)
@@ -159,8 +160,8 @@ def assemble(installation: Installation) -> Domain:
         attachments=Attachments(pools, locks, nodes, installation.max_volumes_per_node) if controller else None,
         snapshots=snapshots if controller else None,
         groups=groups if controller else None,
-        capacity=PoolCapacity(pools, promises) if controller else None,
-        node=Node(info, pools, node_volumes, stager, publisher, UsageCounter(jobs), health, provisioner)
+        capacity=PoolCapacity(pools, promises, limits) if controller else None,
+        node=Node(info, pools, node_volumes, stager, publisher, UsageCounter(jobs), health, provisioner, limits)
         if installation.node
         else None,
         expansion=NodeExpansion(installation.expansion) if installation.expansion else None,

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from csi_driver.errors import InvalidArgument
 from csi_driver.volumes import access
 from csi_driver.volumes.images import fitting_size
+from csi_driver.volumes.limits import Limits
 from csi_driver.volumes.model import Capability, Capacity, ClassParameters, Topology
 from csi_driver.volumes.pools import Pools, PoolStore
 from csi_driver.volumes.promises import Promises
@@ -13,14 +14,15 @@ from csi_driver.volumes.promises import Promises
 class PoolCapacity:
     """The CapacityService (services.py)."""
 
-    def __init__(self, pools: Pools, promises: Promises) -> None:
+    def __init__(self, pools: Pools, promises: Promises, limits: Limits) -> None:
         self._pools = pools
         self._promises = promises
+        self._limits = limits
 
     def available(self, parameters: ClassParameters, capabilities: Sequence[Capability], topology: Topology | None) -> Capacity:
         """Return what the pool of a class can promise; without one and without a default, what the roomiest pool can.
 
-        Nothing where the pool cannot serve the capabilities or cannot be reached from `topology`. Raises InvalidArgument for an
+        Nothing where the pool cannot serve the capabilities or a required limit, or cannot be reached from `topology`. Raises InvalidArgument for an
         unknown pool, Unavailable where a pool cannot be measured: an unknown capacity is not 0.
         """
         name = parameters.pool or self._pools.default
@@ -36,6 +38,7 @@ class PoolCapacity:
             for store in stores
             if store.reachable_from((topology,) if topology else ())
             and not any(access.unsupported(capability, store.backend, form) for capability in capabilities)
+            and not self._limits.refusal(store, parameters, form)  # no room: the scheduler then looks for a node whose pool can
         ]
         # A volume lies in one pool, so what the roomiest can promise is the largest volume as well.
         most = max(available, default=0)

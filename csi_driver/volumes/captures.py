@@ -9,6 +9,9 @@ an admin) and one in which a tenant has made subvolumes of his own, which a snap
 import logging
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
 
 from csi_driver.linux import abilities, btrfs, files
 from csi_driver.linux.abilities import Abilities
@@ -31,6 +34,26 @@ REMOTE_WORKERS = 16
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _log = logging.getLogger(__name__)
+
+
+class Hold(Protocol):
+    """Holds what is being made to its size. `top` is a descriptor of its top directory."""
+
+    def begin(self, top: int) -> None:
+        """Set the limit: before there is content, or, where a snapshot brings all of it at once, right after."""
+
+    def finish(self, top: int) -> None:
+        """See that the content, which is all there and on disk, fits."""
+
+
+class HoldNothing:
+    """For snapshots, which nobody writes to."""
+
+    def begin(self, top: int) -> None:
+        """Do nothing."""
+
+    def finish(self, top: int) -> None:
+        """Do nothing."""
 
 
 def consistency_of(report: CaptureReport, form: Form) -> str:
@@ -61,25 +84,30 @@ class Captures:
                 self._known[store.name] = known
         return known
 
-    def make_empty(self, store: PoolStore, staging: int, name: str) -> None:
-        """Make an empty directory (0700) that can be captured as well as the pool allows."""
+    def make_empty(self, store: PoolStore, staging: int, name: str, hold: Hold) -> None:
+        """Make an empty directory (0700) that can be captured as well as the pool allows, and hold it."""
         if self.abilities_of(store).subvolumes:
             btrfs.create(staging, name)
             os.chmod(name, 0o700, dir_fd=staging)
         else:
             os.mkdir(name, 0o700, dir_fd=staging)
+        with _opened(staging, name) as top:
+            hold.begin(top)
 
-    def capture(self, store: PoolStore, source: int, staging: int, name: str, job: JobControl) -> CaptureReport:
+    def capture(self, store: PoolStore, source: int, staging: int, name: str, job: JobControl, hold: Hold) -> CaptureReport:
         """Make `name` in staging hold what the directory `source` holds, on disk when this returns.
 
-        Raises JobCancelled, OSError.
+        Raises JobCancelled, OSError (ENOSPC, EDQUOT: `hold` lets it have less), and what `hold` raises.
         """
         if self.abilities_of(store).subvolumes and (report := _snapshot(source, staging, name)) is not None:
+            with _opened(staging, name) as top:
+                hold.begin(top)
+                hold.finish(top)
             return report
         with self._turns.take(store.name, job):
             stand_back()
             files.sync_filesystem(source)  # what was written before is in the copy, also where writing it out fails only now
-            self.make_empty(store, staging, name)
+            self.make_empty(store, staging, name, hold)
             target = os.open(name, _DIRECTORY, dir_fd=staging)
             try:
                 copied = copy_tree(
@@ -92,9 +120,19 @@ class Captures:
                 if job.should_stop():
                     raise JobCancelled(f"{job.key} was stopped")
                 files.sync_filesystem(target)
+                hold.finish(target)
             finally:
                 os.close(target)
         return CaptureReport(copied.method, copied.files, copied.bytes, dict(copied.not_carried))
+
+
+@contextmanager
+def _opened(staging: int, name: str) -> Iterator[int]:
+    top = os.open(name, _DIRECTORY, dir_fd=staging)
+    try:
+        yield top
+    finally:
+        os.close(top)
 
 
 def _snapshot(source: int, staging: int, name: str) -> CaptureReport | None:

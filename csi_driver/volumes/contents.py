@@ -4,6 +4,7 @@ Nobody ever sees half a volume: until the move the content has no name that a te
 A crash in between leaves a staging directory, which the retry or the sweeper throws away.
 """
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from csi_driver.errors import FailedPrecondition, InvalidArgument, NotFound, Ope
 from csi_driver.linux import btrfs, files
 from csi_driver.linux.system_calls import InodeReader
 from csi_driver.linux.trees import apply_owner_and_mode
-from csi_driver.volumes.captures import Captures
+from csi_driver.volumes.captures import Captures, Hold, HoldNothing
 from csi_driver.volumes.images import AT_ONCE, forget_holder, in_use, look_at_image, make_image, resize_image
 from csi_driver.volumes.jobs import JobControl
 from csi_driver.volumes.locks import KeyedLocks
@@ -57,12 +58,12 @@ class Contents:
 
     # --- build --------------------------------------------------------------------------------------------------------------------
 
-    def make_empty(self, store: PoolStore, record: VolumeRecord) -> None:
-        """Make an empty directory in staging, with the owner and mode that the class asks for, or one that holds an empty image."""
+    def make_empty(self, store: PoolStore, record: VolumeRecord, hold: Hold) -> None:
+        """Make an empty directory in staging, held to its size and owned as the class asks for, or one that holds an empty image."""
         store.trash_staging(record.id)
         with store.open(STAGING) as staging:
             name = _staging_name(record.id, record.token)
-            self._captures.make_empty(store, staging, name)
+            self._captures.make_empty(store, staging, name, hold)
             if record.form.layout is Layout.IMAGE:
                 with _Descriptor(os.open(name, _DIRECTORY, dir_fd=staging)) as top:
                     make_image(top.fd, record.form, record.capacity_bytes, record.ownership)
@@ -79,6 +80,7 @@ class Contents:
         source: Source,
         ownership: Ownership | None,
         job: JobControl,
+        hold: Hold | None = None,
         size_bytes: int = 0,
     ) -> CaptureReport:
         """Copy `source`, which the caller holds (sources.py), into staging, all of it or nothing, and bring it to disk.
@@ -92,7 +94,7 @@ class Contents:
             job.total_bytes = source.bytes
             if source.form.layout is Layout.IMAGE:
                 return self._copy_image(store, origin.fd, staging, name, job, size_bytes)
-            report = self._captures.capture(store, origin.fd, staging, name, job)
+            report = self._captures.capture(store, origin.fd, staging, name, job, hold or HoldNothing())
             self._dress(staging, name, ownership or Ownership())
         return report
 
@@ -103,7 +105,7 @@ class Contents:
         before = look_at_image(origin)
         if before.held and self._captures.abilities_of(store).best not in AT_ONCE:
             raise in_use(store.name)
-        report = self._captures.capture(store, origin, staging, name, job)
+        report = self._captures.capture(store, origin, staging, name, job, HoldNothing())
         if report.method not in AT_ONCE and (before.held or look_at_image(origin) != before):
             store.trash_staging(name.partition(".")[0])
             raise in_use(store.name)
@@ -166,7 +168,15 @@ class Contents:
                     except FileExistsError:
                         store.volumes.replace(replace(record, claimed=False, content_inode=None))
                         raise _exists(store, record.directory) from None
-                files.move_into_place(staging, staged, parent, name)
+                try:
+                    files.move_into_place(staging, staged, parent, name)
+                except OSError as error:
+                    if error.errno != errno.EXDEV:
+                        raise
+                    raise InvalidArgument(
+                        f"directory {quoted(record.directory)}: what it lies in hands on a project id (chattr +P), so it takes in no volume that "
+                        "has one of its own; choose another `directory`"
+                    ) from error
         return record
 
     def place_snapshot(self, store: PoolStore, record_id: str, token: str) -> None:

@@ -65,6 +65,22 @@ class OnDelete(StrEnum):
     ARCHIVE = "archive"
 
 
+class LimitPolicy(StrEnum):
+    """What a class wants where nothing can hold a volume to its size: no volume, or one that is not held."""
+
+    REQUIRED = "required"
+    PREFERRED = "preferred"
+
+
+class LimiterKind(StrEnum):
+    """What holds a volume to its size."""
+
+    NONE = "none"
+    PROJECT_QUOTA = "project quota"
+    QGROUP = "btrfs qgroup"
+    IMAGE = "image"
+
+
 class Phase(StrEnum):
     CREATING = "creating"
     READY = "ready"
@@ -132,6 +148,8 @@ class ClassParameters:
     ownership: Ownership = Ownership()
     verify: bool = False  # restore only snapshots that are what they were
     layout: Layout | None = None
+    limit: LimitPolicy = LimitPolicy.PREFERRED
+    inodes: int | None = None  # the most files, directories and others; None: any number
 
 
 @dataclass(frozen=True)
@@ -216,6 +234,15 @@ class ManifestSummary:
 
 
 @dataclass(frozen=True)
+class Limit:
+    """What holds a volume: by what, how well (`hard`, `hard but for …`, `none: …`), and the project id or subvolume that is limited."""
+
+    limiter: LimiterKind
+    level: str
+    mark: int | None = None
+
+
+@dataclass(frozen=True)
 class VolumeRecord:
     """What a volume is. `directory` is relative to the pool's root; `token` is drawn anew for every creation."""
 
@@ -241,6 +268,9 @@ class VolumeRecord:
     epoch: int = 0
     ephemeral: bool = False
     verify: bool = False
+    limit_policy: LimitPolicy = LimitPolicy.PREFERRED
+    inodes: int | None = None
+    limit: Limit | None = None  # None: made by a driver that set none
 
 
 @dataclass(frozen=True)
@@ -350,6 +380,8 @@ class UsageSource(StrEnum):
     WALK = "walk"
     FILESYSTEM = "filesystem"  # of an image, by statvfs(3)
     DEVICE = "device"  # raw block: its size is all that is known
+    PROJECT_QUOTA = "project quota"
+    QGROUP = "btrfs qgroup"
 
 
 @dataclass(frozen=True)
@@ -357,7 +389,7 @@ class VolumeStats:
     """A volume's own usage; `inodes` counts files, directories and everything else once. It is as it was `age_seconds` ago."""
 
     bytes: Usage
-    inodes: Usage
+    inodes: Usage | None
     source: UsageSource = UsageSource.WALK
     age_seconds: float = 0.0
 

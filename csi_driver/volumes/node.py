@@ -10,6 +10,7 @@ from csi_driver.linux.mountinfo import topmost_mount_at
 from csi_driver.volumes.handles import VOLUME
 from csi_driver.volumes.health import Health
 from csi_driver.volumes.inline import inline_name
+from csi_driver.volumes.limits import Limits
 from csi_driver.volumes.model import (
     CapacityRange,
     HealthEntry,
@@ -46,6 +47,7 @@ class Node:
         usage: UsageCounter,
         health: Health,
         volumes: VolumeService,
+        limits: Limits,
     ) -> None:
         self._info = info
         self._pools = pools
@@ -55,6 +57,7 @@ class Node:
         self._usage = usage
         self._health = health
         self._volumes = volumes
+        self._limits = limits
 
     def info(self) -> NodeInfo:
         return self._info
@@ -78,7 +81,8 @@ class Node:
             return self._here.images.stats(known)
         store, record = self._find(known)
         capacity = record.capacity_bytes if record else known.capacity_bytes
-        found = self._usage.stats(store, known.directory, capacity, deadline, Path(os.path.normpath(volume_path)))
+        found = self._limits.stats(store, record) if record else None
+        found = found or self._usage.stats(store, known.directory, capacity, deadline, Path(os.path.normpath(volume_path)))
         # CSI has no field for it: whoever doubts a number finds here how it came about.
         _log.debug(
             "usage read", extra={"volume": handle, "source": found.source.value, "age_seconds": round(found.age_seconds, 1)}

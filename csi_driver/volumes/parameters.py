@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from csi_driver.config.values import ConfigError, parse_quantity
 from csi_driver.errors import InvalidArgument, quoted
-from csi_driver.volumes.model import ClassParameters, Layout, OnDelete, Ownership
+from csi_driver.volumes.model import ClassParameters, Layout, LimitPolicy, OnDelete, Ownership
 
 PVC_NAME = "csi.storage.k8s.io/pvc/name"
 PVC_NAMESPACE = "csi.storage.k8s.io/pvc/namespace"
@@ -53,7 +53,8 @@ def parse_class_parameters(parameters: Mapping[str, str], mutable: Mapping[str, 
     Raises InvalidArgument naming the key, its value and what is allowed.
     """
     own = _without_kubernetes(parameters)
-    _refuse_unknown("parameters", own, ("pool", "directory", "layout", "onDelete", "uid", "gid", "mode", "verify"))
+    known = ("pool", "directory", "layout", "onDelete", "uid", "gid", "mode", "verify", "limit", "inodes")
+    _refuse_unknown("parameters", own, known)
     on_delete = parse_mutable_parameters(mutable or {}) or _take("parameters", own, "onDelete", _on_delete)
     return ClassParameters(
         pool=_take("parameters", own, "pool", _pool),
@@ -65,6 +66,8 @@ def parse_class_parameters(parameters: Mapping[str, str], mutable: Mapping[str, 
             mode=_take("parameters", own, "mode", _mode),
         ),
         layout=_take("parameters", own, "layout", _layout),
+        limit=_take("parameters", own, "limit", _limit) or LimitPolicy.PREFERRED,
+        inodes=_take("parameters", own, "inodes", _inodes),
     )
 
 
@@ -181,6 +184,21 @@ def _layout(field: str, value: str) -> Layout:
         return Layout(value)
     except ValueError:
         raise InvalidArgument.field(field, value, "allowed are `directory` and `image`") from None
+
+
+def _limit(field: str, value: str) -> LimitPolicy:
+    try:
+        return LimitPolicy(value)
+    except ValueError:
+        raise InvalidArgument.field(field, value, "allowed are `preferred` and `required`") from None
+
+
+def _inodes(field: str, value: str) -> int:
+    if not re.fullmatch(r"[1-9][0-9]{0,17}", value, re.ASCII):
+        raise InvalidArgument.field(
+            field, value, "the most files and directories that a volume may have: a whole number from 1"
+        )
+    return int(value)
 
 
 def _owner(field: str, value: str) -> int:

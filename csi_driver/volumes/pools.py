@@ -32,6 +32,7 @@ from csi_driver.backends.impatience import Impatience
 from csi_driver.errors import FailedPrecondition, NotFound, RecordDamaged, ResourceExhausted, Unavailable, quoted
 from csi_driver.linux import files
 from csi_driver.linux.byte_range_locks import ByteRangeLocks, HeldLock
+from csi_driver.linux.project_limits import lift_limit
 from csi_driver.linux.renames import rename_directory
 from csi_driver.volumes.handles import Handle, derive_id, node_tag, parse_handle
 from csi_driver.volumes.model import GroupRecord, SnapshotRecord, Topology, VolumeRecord
@@ -276,6 +277,8 @@ class PoolStore:
         with self.open(STAGING) as staging:
             for name in os.listdir(staging):
                 if name.startswith(record_id + "."):
+                    if not self.backend.remote:
+                        lift_limit(staging, name)
                     self._discard(staging, name, record_id)
 
     def discard_snapshot_data(self, record_id: str) -> None:

@@ -20,6 +20,7 @@ from csi_driver.volumes import access
 from csi_driver.volumes.contents import Contents
 from csi_driver.volumes.handles import VOLUME
 from csi_driver.volumes.jobs import JobControl, Jobs
+from csi_driver.volumes.limits import Holding, ImageHolding, Limits
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.lookup import find_ready
 from csi_driver.volumes.model import (
@@ -27,7 +28,8 @@ from csi_driver.volumes.model import (
     CapacityRange,
     CreateVolume,
     Form,
-    Layout,
+    Limit,
+    LimiterKind,
     OnDelete,
     Page,
     Phase,
@@ -56,6 +58,7 @@ class Provisioner:
         removal: VolumeRemoval,
         verifier: Verifier,
         promises: Promises,
+        limits: Limits,
     ) -> None:
         self._pools = pools
         self._locks = locks
@@ -65,7 +68,8 @@ class Provisioner:
         self._removal = removal
         self._verifier = verifier
         self._promises = promises
-        self._expansion = Expansion(pools, locks, promises, contents)
+        self._expansion = Expansion(pools, locks, promises, contents, limits)
+        self._limits = limits
 
     # --- create -------------------------------------------------------------------------------------------------------------------
 
@@ -149,6 +153,8 @@ class Provisioner:
             source=request.source,
             ephemeral=request.ephemeral,
             verify=parameters.verify,
+            limit_policy=parameters.limit,
+            inodes=parameters.inodes,
         )
         gate = self._promises.gate(store, record_id, capacity, capacity)
         if not store.volumes.add(record, gate):
@@ -177,23 +183,27 @@ class Provisioner:
         if self._contents.is_in_place(store, record):
             return store.volumes.replace(replace(record, phase=Phase.READY))
         try:
+            holding = self._limits.holding(store, record)
             if record.source is None:
-                self._contents.make_empty(store, record)
+                self._contents.make_empty(store, record, holding)
             else:
-                record = self._fill(store, record, job)
-            record = self._contents.place_volume(store, record)
+                record = self._fill(store, record, job, holding)
+            record = self._contents.place_volume(store, replace(record, limit=holding.limit))
         except BaseException:
             self._give_up(store, record.id)
             raise
         return store.volumes.replace(replace(record, phase=Phase.READY))
 
-    def _fill(self, store: PoolStore, record: VolumeRecord, job: JobControl | None) -> VolumeRecord:
+    def _fill(
+        self, store: PoolStore, record: VolumeRecord, job: JobControl | None, holding: Holding | ImageHolding
+    ) -> VolumeRecord:
         assert record.source is not None
         job = job or JobControl(record.id)
         with self._sources.hold(record.source) as source:
             if record.verify:
                 self._verifier.require_whole(source, job)
-            report = self._contents.copy(store, record.id, record.token, source, record.ownership, job, record.capacity_bytes)
+            size, token = record.capacity_bytes, record.token
+            report = self._contents.copy(store, record.id, token, source, record.ownership, job, holding, size)
         return replace(record, capture=report)
 
     def _give_up(self, store: PoolStore, record_id: str) -> None:
@@ -230,8 +240,13 @@ class Provisioner:
 
     def show(self, store: PoolStore, record: VolumeRecord) -> Volume:
         # Words for people and `kubectl describe`; never an address, and nothing that the driver reads back.
-        limiter = "image" if record.form.layout is Layout.IMAGE else "none"
-        context = {"pool": record.pool, "layout": record.form.layout.value, "limiter": limiter}
+        limit = record.limit or Limit(LimiterKind.NONE, "none: made by a driver that set no limits")
+        context = {
+            "pool": record.pool,
+            "layout": record.form.layout.value,
+            "limiter": limit.limiter.value,
+            "limit": limit.level,
+        }
         return Volume(record, context, store.backend.topology())
 
     # --- change -------------------------------------------------------------------------------------------------------------------
@@ -286,6 +301,7 @@ def _require_same(record: VolumeRecord, request: CreateVolume) -> None:
             ("parameters.directory", record.directory_template != parameters.directory),
             ("parameters.uid, gid or mode", record.ownership != parameters.ownership),
             ("layout, volume mode or filesystem", not access.has_form(record.form, parameters.layout, request.capabilities)),
+            ("parameters.limit or inodes", (record.limit_policy, record.inodes) != (parameters.limit, parameters.inodes)),
         )
         if differs
     ]

@@ -16,6 +16,7 @@ from csi_driver.linux import files
 from csi_driver.linux.renames import rename_directory
 from csi_driver.volumes.contents import Contents, content_key
 from csi_driver.volumes.handles import SNAPSHOT, VOLUME
+from csi_driver.volumes.limits import Limits
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import OnDelete, Phase, SnapshotRecord, VolumeRecord
 from csi_driver.volumes.pools import ARCHIVE_DIRECTORY, ARCHIVED, RETAINED, PoolStore, archived_place, exists_at, new_token
@@ -27,9 +28,10 @@ _log = logging.getLogger(__name__)
 class VolumeRemoval:
     """Takes a volume away. The caller holds the volume's lock."""
 
-    def __init__(self, locks: KeyedLocks, contents: Contents) -> None:
+    def __init__(self, locks: KeyedLocks, contents: Contents, limits: Limits) -> None:
         self._locks = locks
         self._contents = contents
+        self._limits = limits
 
     def remove(self, store: PoolStore, record: VolumeRecord) -> None:
         """Delete, retain or archive the volume.
@@ -64,6 +66,8 @@ class VolumeRemoval:
     def _take(self, store: PoolStore, record: VolumeRecord, fate: OnDelete) -> None:
         if fate is OnDelete.DELETE:
             deletion = begin_deletion(store, VOLUME, store.volumes, record.id)
+            # While the data is in its place: once it is gone, another volume may have what this one was held by.
+            self._limits.release(store, record)
             deletion.take_directory(record.directory)
             deletion.complete()
             return
@@ -83,6 +87,7 @@ class VolumeRemoval:
                 continue
             with self._contents.hold_own(store, record) as is_own:
                 if is_own:
+                    self._limits.release(store, record)
                     deletion.take_directory(record.directory)
                 else:
                     _log.warning(

@@ -6,6 +6,7 @@ from csi_driver.errors import InvalidArgument, OutOfRange
 from csi_driver.volumes import access
 from csi_driver.volumes.contents import Contents
 from csi_driver.volumes.images import fitting_size
+from csi_driver.volumes.limits import Limits
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.lookup import find_ready
 from csi_driver.volumes.model import DEFAULT_CAPACITY_BYTES, Capability, CapacityRange, Form
@@ -30,17 +31,18 @@ def choose_size(capacity: CapacityRange, form: Form, least_bytes: int) -> int:
 class Expansion:
     """Makes volumes larger."""
 
-    def __init__(self, pools: Pools, locks: KeyedLocks, promises: Promises, contents: Contents) -> None:
+    def __init__(self, pools: Pools, locks: KeyedLocks, promises: Promises, contents: Contents, limits: Limits) -> None:
         self._pools = pools
         self._locks = locks
         self._promises = promises
         self._contents = contents
+        self._limits = limits
 
     def expand(self, handle: str, capacity: CapacityRange, capability: Capability | None) -> int:
         """Grow a volume to `required_bytes`; a size that it has already is answered as it is. Returns bytes.
 
         Raises NotFound, OutOfRange (beyond limit_bytes, or more than the pool can promise), InvalidArgument (a capability that the
-        volume lacks), OperationPending.
+        volume lacks), FailedPrecondition (what holds it is switched off), OperationPending.
         """
         store, record = find_ready(self._pools, handle)
         if capability is not None and (problem := access.unsupported(capability, store.backend, record.form)):
@@ -52,6 +54,9 @@ class Expansion:
                 raise OutOfRange(
                     f"capacity_range.limit_bytes is {capacity.limit_bytes}, but the volume has {record.capacity_bytes}: volumes never shrink"
                 )
+            # Also where the size is there already: a crash may have come between record and limit. And if the limiter is switched off, now
+            # is the time to say so.
+            self._limits.change(store, record, record.capacity_bytes)
             if wanted <= record.capacity_bytes:
                 self._contents.resize(store, record)  # cut off before, it is completed
                 return record.capacity_bytes
@@ -63,4 +68,5 @@ class Expansion:
                 # Not RESOURCE_EXHAUSTED: for external-resizer that is not final, and the claim could not be given a smaller size.
                 raise OutOfRange(f"expansion from {record.capacity_bytes} to {wanted} bytes: {refusal}") from refusal
             self._contents.resize(store, record)
+            self._limits.change(store, record, wanted)
             return wanted

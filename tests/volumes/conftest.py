@@ -12,6 +12,7 @@ from hypothesis import settings
 from csi_driver.config import HostPathPool
 from tests.own_mounts import have_own_mounts
 
+pytest.register_assert_rewrite("limit_stories")
 settings.register_profile("whatever the machine is busy with", deadline=None)
 settings.load_profile("whatever the machine is busy with")
 

@@ -17,12 +17,17 @@ _KILLED = 9
 _FAILED = 70
 
 
-def runs_to_its_end(operation: Callable[[], object], last_change: int) -> bool:
-    """Run `operation` in a child that dies just before its change number `last_change` (from 1). False if it died there."""
+def runs_to_its_end(
+    operation: Callable[[], object], last_change: int, more: Callable[[str, tuple], bool] | None = None
+) -> bool:
+    """Run `operation` in a child that dies just before its change number `last_change` (from 1). False if it died there.
+
+    `more` tells which further audit events (name and arguments) are changes.
+    """
     complaint, complain = os.pipe()
     child = os.fork()
     if child == 0:
-        _in_child(operation, last_change, complain)
+        _in_child(operation, last_change, complain, more)
     os.close(complain)
     with os.fdopen(complaint, "rb") as pipe:
         said = pipe.read().decode()
@@ -43,14 +48,21 @@ def every_crash(operation_of: Callable[[int], Callable[[], object]], most: int =
     raise AssertionError(f"not complete after {most} changes")
 
 
-def _in_child(operation: Callable[[], object], last_change: int, complain: int) -> None:
+def _in_child(
+    operation: Callable[[], object], last_change: int, complain: int, more: Callable[[str, tuple], bool] | None
+) -> None:
     code = _FAILED
     try:
         left = last_change
 
         def count(event: str, args: tuple) -> None:
             nonlocal left
-            if event in _CHANGES or event == "subprocess.Popen" or (event == "open" and _matters(args)):
+            if (
+                event in _CHANGES
+                or event == "subprocess.Popen"
+                or (event == "open" and _matters(args))
+                or (more and more(event, args))
+            ):
                 left -= 1
                 if left == 0:
                     os._exit(_KILLED)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csi_driver.errors import InvalidArgument
-from csi_driver.volumes.model import ClassParameters, OnDelete, Ownership
+from csi_driver.volumes.model import ClassParameters, LimitPolicy, OnDelete, Ownership
 from csi_driver.volumes.parameters import (
     EPHEMERAL,
     PV_NAME,
@@ -190,3 +190,17 @@ def test_a_directory_that_is_accepted_is_given_back_as_it_is(path):
         assert check_directory(path, "field") == path
     else:
         assert message.startswith("field is ")
+
+
+def test_a_class_says_whether_a_limit_is_required_and_how_many_inodes():
+    assert parse_class_parameters({}).limit is LimitPolicy.PREFERRED
+    parsed = parse_class_parameters({"limit": "required", "inodes": "100000"})
+    assert (parsed.limit, parsed.inodes) == (LimitPolicy.REQUIRED, 100000)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("limit", "hard"), ("limit", ""), ("inodes", "0"), ("inodes", "-1"), ("inodes", "1k"), ("inodes", "٣")]
+)
+def test_a_limit_or_number_of_inodes_that_cannot_be_is_named(key, value):
+    with pytest.raises(InvalidArgument, match=rf'parameters\["{key}"\]'):
+        parse_class_parameters({key: value})

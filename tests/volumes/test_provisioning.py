@@ -51,7 +51,8 @@ def test_a_new_volume_is_an_empty_directory_of_its_pool_that_its_handle_names(be
     assert bench.path(volume).stat().st_mode & 0o7777 == 0o755
     assert record.handle.startswith("default.")
     assert volume.topology == HERE
-    assert volume.context == {"pool": "default", "layout": "directory", "limiter": "none"}
+    assert volume.context.items() >= {"pool": "default", "layout": "directory", "limiter": "none"}.items()
+    assert volume.context["limit"].startswith("none: its ")
     assert bench.volumes.get(record.handle) == volume
 
 

@@ -15,6 +15,9 @@ from csi_driver.volumes.model import (
     Form,
     GroupRecord,
     Layout,
+    Limit,
+    LimiterKind,
+    LimitPolicy,
     NodePublication,
     OnDelete,
     Ownership,
@@ -42,6 +45,9 @@ FULL = replace(
     epoch=3,
     ephemeral=True,
     verify=True,
+    limit_policy=LimitPolicy.REQUIRED,
+    inodes=9,
+    limit=Limit(LimiterKind.PROJECT_QUOTA, "hard", 7),
 )
 
 

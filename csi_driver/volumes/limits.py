@@ -1,0 +1,207 @@
+"""Limits: volumes held to their size, as well as their pool can, and said honestly.
+
+What a pool can is found out by trying (limiters.py), when it is first asked for and again when quotas are switched on or off.
+"""
+
+import hashlib
+import logging
+import threading
+
+from csi_driver.errors import FailedPrecondition, ResourceExhausted
+from csi_driver.linux.project_limits import ProjectIds
+from csi_driver.volumes.limiters import HARD, LIMITERS, NONE, SWITCHED_OFF, Limiter, Means, find_means, switched_on
+from csi_driver.volumes.model import (
+    ClassParameters,
+    Form,
+    Layout,
+    Limit,
+    LimiterKind,
+    LimitPolicy,
+    Usage,
+    UsageSource,
+    VolumeRecord,
+    VolumeStats,
+)
+from csi_driver.volumes.pools import STAGING, PoolStore
+
+_PLACES = 2**14
+_FILES_UNLIMITED = "; the number of files is not limited"
+_IMAGE_INODES = "an image limits bytes, not the number of files, and the class says `inodes` and `limit: required`"
+_log = logging.getLogger(__name__)
+
+
+class ImageHolding:
+    """An image is held by its own size: nothing has to be set."""
+
+    def __init__(self, record: VolumeRecord) -> None:
+        self.limit = Limit(LimiterKind.IMAGE, HARD + (_FILES_UNLIMITED if record.inodes else ""))
+
+    def begin(self, top: int) -> None:
+        """Do nothing."""
+
+    def finish(self, top: int) -> None:
+        """Do nothing."""
+
+
+class Holding:
+    """Holds one volume that is being made (captures.py, `Hold`); once that has begun, `limit` says how."""
+
+    def __init__(self, means: Means, ids: ProjectIds, record: VolumeRecord) -> None:
+        self._means = means
+        self._ids = ids
+        self._record = record
+        self.limit = Limit(LimiterKind.NONE, means.level)
+
+    def begin(self, top: int) -> None:
+        """Set the limit. Raises ResourceExhausted where the volume must be held and cannot be, OSError."""
+        limiter, level, record = self._means.limiter, self._means.level, self._record
+        if limiter is None:
+            return
+        mark = limiter.hold(top, self._ids, record.capacity_bytes, record.inodes or 0)
+        if mark is None:
+            nothing = Means(None, f"{NONE}: what lies there is no btrfs subvolume")
+            _insist(record.pool, nothing, record.limit_policy, record.inodes)
+            self.limit = Limit(LimiterKind.NONE, nothing.level)
+            return
+        if record.inodes and not limiter.counts_inodes:
+            level += _FILES_UNLIMITED
+        self.limit = Limit(limiter.kind, level, mark)
+
+    def finish(self, top: int) -> None:
+        """Raise ResourceExhausted where the volume has more than it may: a snapshot asks for no room, and ext4 lets the driver pass."""
+        if self._means.limiter is None or self.limit.mark is None:
+            return
+        used = self._means.limiter.usage(top, self.limit.mark)
+        if used is not None and used[0] > self._record.capacity_bytes:
+            raise ResourceExhausted(
+                f"the content source holds {used[0]} bytes, but the volume is to have {self._record.capacity_bytes}"
+            )
+
+
+class Limits:
+    """What all pools have to hold volumes with, and the limits that are set."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._known: dict[str, Means] = {}
+        self._ids: dict[str, ProjectIds] = {}
+
+    # --- before there is a volume -------------------------------------------------------------------------------------------------
+
+    def means_of(self, store: PoolStore) -> Means:
+        """Say what new volumes of a pool can be held with. Raises OSError where that cannot be found out now (ENOSPC), Unavailable."""
+        if store.backend.remote:
+            return Means(None, f"{NONE}: over NFS nobody can set a quota")
+        with self._guard:
+            known = self._known.get(store.name)
+        with store.open(STAGING) as staging:
+            if known is not None and known.limiter is switched_on(staging):
+                return known
+            found = find_means(staging, self._ids_of(store))
+        with self._guard:
+            self._known[store.name] = found
+        _log.info("what holds volumes to their size", extra={"pool": store.name, "limit": found.level})
+        return found
+
+    def _ids_of(self, store: PoolStore) -> ProjectIds:
+        with self._guard:
+            if store.name not in self._ids:
+                digest = hashlib.sha256(f"{store.driver}/{store.name}".encode()).digest()
+                self._ids[store.name] = ProjectIds(int.from_bytes(digest[:4], "big") % _PLACES)
+            return self._ids[store.name]
+
+    def refusal(self, store: PoolStore, parameters: ClassParameters, form: Form) -> str | None:
+        """Say why the pool can have no volumes of this class in this form; None where it can. Raises as `means_of`."""
+        if parameters.limit is not LimitPolicy.REQUIRED:
+            return None
+        if form.layout is Layout.IMAGE:
+            return _IMAGE_INODES if parameters.inodes else None
+        return _lack(store.name, self.means_of(store), parameters.inodes)
+
+    # --- one volume ---------------------------------------------------------------------------------------------------------------
+
+    def holding(self, store: PoolStore, record: VolumeRecord) -> Holding | ImageHolding:
+        """Prepare to hold a volume that is being made. Raises ResourceExhausted where it must be held and cannot."""
+        if record.form.layout is Layout.IMAGE:
+            if record.inodes and record.limit_policy is LimitPolicy.REQUIRED:
+                raise ResourceExhausted(_IMAGE_INODES)
+            return ImageHolding(record)
+        means = self.means_of(store)
+        _insist(store.name, means, record.limit_policy, record.inodes)
+        return Holding(means, self._ids_of(store), record)
+
+    def change(self, store: PoolStore, record: VolumeRecord, size_bytes: int) -> None:
+        """Let a volume have `size_bytes`, if it is held. Raises FailedPrecondition where its quota was switched off, NotFound."""
+        held = _held(record)
+        if held is None:
+            return
+        limiter, mark = held
+        with store.open_volume(record.directory) as top:
+            try:
+                limiter.change(top, mark, size_bytes, record.inodes or 0)
+            except OSError as error:
+                if error.errno not in SWITCHED_OFF:
+                    raise
+                raise FailedPrecondition(
+                    f"volume {record.handle} is held to its size by {limiter.kind}, which is switched off in pool {store.name} "
+                    f"({error.strerror}): switch it on again"
+                ) from error
+
+    def release(self, store: PoolStore, record: VolumeRecord) -> None:
+        """Let go of what holds a volume, before its data is removed. A limit that cannot be lifted keeps nobody from deleting."""
+        held = _held(record)
+        if held is None:
+            return
+        limiter, mark = held
+        try:
+            with store.open_root() as root:
+                limiter.release(root, mark)
+        except OSError as error:
+            _log.warning("a limit cannot be lifted", extra={"pool": store.name, "volume": record.handle, "error": str(error)})
+
+    def stats(self, store: PoolStore, record: VolumeRecord) -> VolumeStats | None:
+        """Return a volume's usage as its quota counts it; None where none does, or not rightly. Raises NotFound, Unavailable."""
+        held = _held(record)
+        if held is None or store.backend.remote:
+            return None
+        limiter, mark = held
+        with store.open_volume(record.directory) as top:
+            try:
+                used = limiter.usage(top, mark)
+            except OSError as error:
+                if error.errno not in SWITCHED_OFF:
+                    raise
+                used = None
+        if used is None:
+            return None
+        space = store.space()
+        return VolumeStats(
+            bytes=_bounded(used[0], record.capacity_bytes, space.available_bytes),
+            inodes=None if used[1] is None else _bounded(used[1], record.inodes, space.available_inodes),
+            source=UsageSource(limiter.kind.value),
+        )
+
+
+def _bounded(used: int, limit: int | None, available: int) -> Usage:
+    if limit is None:
+        return Usage(used, used + available, available)
+    return Usage(used, limit, min(available, max(0, limit - used)))
+
+
+def _held(record: VolumeRecord) -> tuple[Limiter, int] | None:
+    if record.limit is None or record.limit.mark is None:
+        return None
+    return LIMITERS[record.limit.limiter], record.limit.mark
+
+
+def _lack(pool: str, means: Means, inodes: int | None) -> str | None:
+    if means.limiter is None:
+        return f"pool {pool} can hold no volume to its size ({means.level}), and the class says `limit: required`"
+    if inodes and not means.limiter.counts_inodes:
+        return f"pool {pool} holds volumes by {means.limiter.kind}, which counts no files, and the class says `inodes` and `limit: required`"
+    return None
+
+
+def _insist(pool: str, means: Means, policy: LimitPolicy, inodes: int | None) -> None:
+    if policy is LimitPolicy.REQUIRED and (lack := _lack(pool, means, inodes)):
+        raise ResourceExhausted(lack)

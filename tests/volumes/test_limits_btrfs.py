@@ -1,0 +1,94 @@
+"""Volumes of a btrfs with quotas switched on: held by the quota groups of their subvolumes."""
+
+import os
+import subprocess
+
+import pytest
+from bench import until
+from limit_stories import *  # noqa: F403 - the tests that every limiter has to pass
+from limit_stories import SIZE, Held, bench_on, du, stops_at, write
+
+from csi_driver.errors import FailedPrecondition
+from csi_driver.linux import btrfs_qgroups
+from csi_driver.volumes.limiters import SUBVOLUMES
+from csi_driver.volumes.model import CapacityRange
+
+pytestmark = pytest.mark.root
+"""limit_stories has no marks of its own."""
+
+
+@pytest.fixture
+def held(tmp_path, make_disk):
+    disk = make_disk("btrfs", "768M", "btrfs")
+    switch_on(disk)
+    found = Held(bench_on(tmp_path, disk), disk)
+    yield found
+    found.bench.domain.stop(5)
+
+
+def switch_on(disk):
+    subprocess.run(["btrfs", "quota", "enable", disk], check=True)
+    descriptor = os.open(disk, os.O_RDONLY)
+    try:
+        until(lambda: (state := btrfs_qgroups.quota_state(descriptor)) is not None and state.trustworthy)
+    finally:
+        os.close(descriptor)
+
+
+def switch_off(disk):
+    subprocess.run(["btrfs", "quota", "disable", disk], check=True)
+
+
+def test_a_subvolume_that_a_tenant_makes_is_not_counted_and_the_level_says_so(held):
+    volume = held.create("v")
+    code = (
+        "import fcntl, os, struct\n"
+        "top = os.open('.', os.O_RDONLY)\n"
+        "fcntl.ioctl(top, 1 << 30 | 4096 << 16 | 0x94 << 8 | 14, bytearray(struct.pack('=q4088s', 0, b'own')))"
+    )
+    subprocess.run(["/usr/bin/python3", "-I", "-c", code], cwd=held.bench.path(volume), user=1000, group=1000, check=True)
+    assert write(held.bench.path(volume) / "own", uid=1000, most=2 * SIZE) == (2 * SIZE, "-")
+    assert SUBVOLUMES in volume.context["limit"]
+
+
+def test_quotas_that_were_switched_off_are_missed_by_an_expansion_and_by_nobody_else(held):
+    volume = held.create("v")
+    write(held.bench.path(volume), uid=1000, most=SIZE // 2)
+    switch_off(held.disk)
+    with pytest.raises(FailedPrecondition, match="switched off"):
+        held.bench.volumes.expand(volume.record.handle, CapacityRange(2 * SIZE), None)
+    assert held.bench.volumes.get(volume.record.handle).record.capacity_bytes == SIZE
+    stats = held.stats(volume)
+    assert (stats.source, stats.bytes.used) == ("walk", du(held.bench.path(volume)))
+    assert held.create("other").context["limiter"] == "none"
+    held.bench.node.unstage(volume.record.handle, held.bench.staging_of(volume.record.handle))
+    held.bench.volumes.delete(volume.record.handle)
+
+
+def test_quotas_that_are_switched_on_later_hold_the_volumes_from_then_on(tmp_path, make_disk):
+    disk = make_disk("btrfs", "768M", "btrfs")
+    late = Held(bench_on(tmp_path, disk), disk)
+    assert "btrfs quota enable" in late.create("early").context["limit"]
+    switch_on(disk)
+    stops_at(write(late.bench.path(late.create("late")), uid=1000), SIZE)
+
+
+def test_simple_quotas_are_refused_with_the_reason(tmp_path, make_disk):
+    disk = make_disk("btrfs", "768M", "btrfs")
+    descriptor = os.open(disk, os.O_RDONLY)
+    try:
+        enable_simple_quotas(descriptor)
+    finally:
+        os.close(descriptor)
+    assert "simple quotas" in Held(bench_on(tmp_path, disk), disk).create("v").context["limit"]
+
+
+def enable_simple_quotas(descriptor):
+    import struct
+
+    from csi_driver.linux.btrfs import call, request_number
+
+    try:
+        call(descriptor, request_number(3, 40, 16), struct.pack("=QQ", 4, 0))  # BTRFS_IOC_QUOTA_CTL, ENABLE_SIMPLE_QUOTA
+    except OSError as error:
+        pytest.skip(f"this kernel has no simple quotas: {error}")
