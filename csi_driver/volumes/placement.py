@@ -177,8 +177,8 @@ def _parse_form(context: Mapping[str, str]) -> Form:
     if access_type == AccessType.MOUNT and fs_type in image_filesystems.KINDS:
         return Form(Layout.IMAGE, AccessType.MOUNT, fs_type)
     raise InvalidArgument(
-        f'publish_context["accessType"] is {quoted(access_type)} and ["fsType"] {quoted(fs_type)}: an image is `block` without a filesystem, or '
-        f"`mount` with {' or '.join(image_filesystems.KINDS)}"
+        f'publish_context["layout"] is image, ["accessType"] {quoted(access_type)} and ["fsType"] {quoted(fs_type)}: an image is `block` without a '
+        f"filesystem, or `mount` with {' or '.join(image_filesystems.KINDS)}"
     )
 
 
