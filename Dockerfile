@@ -27,15 +27,6 @@ RUN /opt/build/bin/pip wheel --disable-pip-version-check --no-cache-dir --no-dep
 
 # --- the image --------------------------------------------------------------------------------------------------------------------
 FROM ${BASE_IMAGE}
-ARG VERSION=unknown
-ARG REVISION=unknown
-ARG SOURCE=
-LABEL org.opencontainers.image.title="Tatami" \
-      org.opencontainers.image.description="CSI driver: Kubernetes volumes out of directories of nodes and of NFS servers" \
-      org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}" \
-      org.opencontainers.image.source="${SOURCE}"
 # nfs-common: mount.nfs. mount, util-linux: mount(8), losetup, blkid. The rest makes, checks and grows file systems.
 # libxml2 and libicu72 (38 MB) serve nfsref and xfs_scrub only, which nothing here calls.
 RUN apt-get update \
@@ -45,6 +36,16 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/* /var/cache/* /var/log/* /usr/share/doc/* /usr/share/man/* /usr/share/locale/* \
  && groupadd --system --gid 65532 tatami \
  && useradd --system --uid 65532 --gid 65532 --home-dir /nonexistent --no-create-home --shell /usr/sbin/nologin tatami
+# After the packages: a new revision alone installs nothing anew.
+ARG VERSION=unknown
+ARG REVISION=unknown
+ARG SOURCE=
+LABEL org.opencontainers.image.title="Tatami" \
+      org.opencontainers.image.description="CSI driver: Kubernetes volumes out of directories of nodes and of NFS servers" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.source="${SOURCE}"
 COPY --from=build /opt/tatami /opt/tatami
 ENV PATH=/opt/tatami/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     PYTHONUNBUFFERED=1 \

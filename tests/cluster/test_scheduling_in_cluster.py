@@ -75,3 +75,12 @@ def test_a_pod_that_fits_nowhere_runs_as_soon_as_there_is_room(story: Story):
         story.refused("Pod", "user", "FailedScheduling", "did not have enough free storage")
     story.k.wait("pod", "user", lambda item: item["status"]["phase"] == "Running", 120)
     assert story.node_of("user").name == "node2"
+
+
+def test_a_node_that_turns_out_to_be_full_costs_a_second_try_not_a_stuck_claim(story: Story):
+    with _filled(story.nodes["node1"], 6):
+        assert _known_room("node1") > 8 << 30  # not any more, but nobody has told the scheduler
+        story.make(claim("data", size="7Gi"))
+        story.run(pod("user", {"/data": of_claim("data")}, affinity=NODE1_FIRST), 120)
+        story.refused("PersistentVolumeClaim", "data", "ProvisioningFailed", "ResourceExhausted")
+        assert story.node_of("user").name == "node2"
