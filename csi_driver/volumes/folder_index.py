@@ -12,11 +12,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from csi_driver.linux.listings import list_steadily
+
 T = TypeVar("T")
 
 _CLOCK_NS = 50_000_000
 """More than a tick of any kernel's file times: what changed that shortly before the newest file may change again and not show it."""
-_MOST_LISTINGS = 5
 
 
 @dataclass(slots=True)
@@ -55,7 +56,7 @@ class FolderIndex(Generic[T]):
         """
         listed = self._list()
         with self._open() as folder:
-            # A listing can miss a file that is being replaced (btrfs moves its name to the end): what was there is asked for by name.
+            # A listing can miss a file that is being replaced (linux/listings.py): what was there is asked for by name.
             for name in [*listed, *(self._entries.keys() - listed.keys())]:
                 known = self._entries.get(name)
                 if known is None or thorough or known.inode != listed.get(name):
@@ -76,14 +77,5 @@ class FolderIndex(Generic[T]):
             self._entries.pop(name, None)
 
     def _list(self) -> dict[str, int]:
-        """Return the inodes by name, of several listings where the folder changes meanwhile."""
-        found: dict[str, int] = {}
-        for _ in range(_MOST_LISTINGS):
-            with self._open() as folder:
-                before = os.fstat(folder)
-                with os.scandir(folder) as entries:
-                    found |= {entry.name: entry.inode() for entry in entries if self._pattern.fullmatch(entry.name)}
-                after = os.fstat(folder)
-            if (before.st_mtime_ns, before.st_ctime_ns) == (after.st_mtime_ns, after.st_ctime_ns):
-                break
-        return found
+        with self._open() as folder:
+            return {name: inode for name, inode in list_steadily(folder).items() if self._pattern.fullmatch(name)}

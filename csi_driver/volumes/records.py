@@ -12,6 +12,7 @@ from typing import Generic, Protocol, TypeVar
 
 from csi_driver.errors import RecordDamaged
 from csi_driver.linux import files
+from csi_driver.linux.listings import list_steadily
 from csi_driver.volumes import record_format
 from csi_driver.volumes.handles import ID_PATTERN
 
@@ -93,7 +94,7 @@ class RecordFolder(Generic[R]):
     def ids(self) -> list[str]:
         """List the ids of all records, sorted: the order in which pages are handed out."""
         with self._open() as folder:
-            names = os.listdir(folder)
+            names = list_steadily(folder)
         ids = (name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX))
         return sorted(record_id for record_id in ids if ID_PATTERN.fullmatch(record_id))
 
