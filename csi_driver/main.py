@@ -26,7 +26,7 @@ from csi_driver.rpc.registration import KubeletRegistration
 from csi_driver.rpc.server import CsiServer
 from csi_driver.telemetry import logs
 from csi_driver.telemetry.http_endpoint import ALIVE_SECONDS, serve_metrics
-from csi_driver.telemetry.metrics import Metrics, PoolUsage, PrometheusMetrics
+from csi_driver.telemetry.metrics import JobUsage, Metrics, PoolUsage, PrometheusMetrics
 from csi_driver.volumes.assembly import Domain, Installation, assemble
 from csi_driver.volumes.handles import node_tag
 from csi_driver.volumes.model import Topology
@@ -209,7 +209,17 @@ def _metrics(options: ServeOptions, settings: DriverSettings, domain: Domain) ->
         if store.backend.remote and options.role == "node":
             continue  # the controller measures it; a node would have to mount the share for that
         metrics.watch_pool(store.name, _usage_of(store, domain.promises))
+    metrics.watch_jobs(_jobs_of(domain))
     return metrics
+
+
+def _jobs_of(domain: Domain) -> Callable[[], JobUsage]:
+    def read() -> JobUsage:
+        jobs = domain.jobs.running()
+        waiting = sum(job.ahead > 0 for job in jobs)
+        return JobUsage(running=len(jobs) - waiting, waiting=waiting, bytes=domain.jobs.bytes())
+
+    return read
 
 
 def _usage_of(store: PoolStore, promises: Promises) -> Callable[[], PoolUsage]:
