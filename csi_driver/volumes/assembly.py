@@ -78,6 +78,7 @@ class Domain:
     jobs: Jobs
     sweeper: Sweeper
     state: NodeState
+    provisioner: Provisioner
     verifier: Verifier
     promises: Promises
 
@@ -169,4 +170,4 @@ def assemble(installation: Installation) -> Domain:
     # A node alone does not sweep what lies behind a server: there the controller does.
     swept = {name: store for name, store in stores.items() if controller or not store.backend.remote}
     sweeper = Sweeper(Pools(swept, None), locks, volume_removal, snapshot_removal, groups, trash_filled)
-    return Domain(services, pools, jobs, sweeper, state, verifier, promises)
+    return Domain(services, pools, jobs, sweeper, state, provisioner, verifier, promises)

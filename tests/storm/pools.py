@@ -25,7 +25,9 @@ def filesystems(home: Path) -> Iterator[dict[str, Pool]]:
             place, image = home / kind, home / f"{kind}.img"
             place.mkdir()
             subprocess.run(["truncate", "-s", size, image], check=True)
-            subprocess.run([f"mkfs.{kind}", "-q", image], check=True, env={**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin"})
+            subprocess.run(
+                [f"mkfs.{kind}", "-q", image], check=True, env={**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin"}
+            )
             done = subprocess.run(["mount", "-o", "loop", image, place], capture_output=True, text=True, check=False)
             if done.returncode:
                 pytest.skip(f"needs to mount a {kind}: {done.stderr.strip()}")

@@ -80,7 +80,9 @@ def main(directory: str, outside: str, seconds: float) -> None:
     own_subvolume(".")
     pairs, until, done = prepare(outside), time.monotonic() + seconds, 0
     print("ready", flush=True)
-    for one, two in itertools.cycle(pairs):
+    for round_, (one, two) in enumerate(itertools.cycle(pairs)):
+        if one.startswith("deep") and round_ % 97:
+            continue  # whoever walks there has to begin anew; often enough is enough
         if time.monotonic() > until or os.stat(".").st_nlink == 0:
             break
         with contextlib.suppress(OSError):  # he is being removed, or has swapped the way to it

@@ -18,10 +18,10 @@ from csi_driver.rpc import csi_pb2 as csi
 from tests.driver_process import DriverProcess
 from tests.storm.client import RETRY, Client, create_volume
 from tests.storm.content import HEAVY, Manifest, change, difference, fill, manifest
-from tests.storm.disk import Pool, id_of
+from tests.storm.disk import Pool
 from tests.storm.pools import METHODS, driver_on_filesystems
 
-pytestmark = [pytest.mark.minutes, pytest.mark.root]
+pytestmark = [pytest.mark.minutes, pytest.mark.root, pytest.mark.timeout(1800)]
 
 SEED = os.environ.get("TATAMI_STORM_SEED") or str(random.SystemRandom().randrange(10**9))
 KILLS = int(os.environ.get("TATAMI_STORM_KILLS") or 200)
@@ -192,11 +192,12 @@ def ask(client: Client, method: str, request, dead: threading.Event | None):
         try:
             return client.call(method, request, 20)
         except grpc.RpcError as error:
-            assert error.code() in RETRY, (method, error.code(), error.details())
-            if dead is not None and (dead.is_set() or error.code() is grpc.StatusCode.UNAVAILABLE):
-                return None
-            assert time.monotonic() < until, (method, error.details())
-            time.sleep(0.02)
+            code, said = error.code(), error.details()
+        assert code in RETRY, (method, code, said)
+        if dead is not None and (dead.is_set() or code is grpc.StatusCode.UNAVAILABLE):
+            return None
+        assert time.monotonic() < until, (method, said)
+        time.sleep(0.02)
 
 
 # --- what must be so at any time --------------------------------------------------------------------------------------------------------

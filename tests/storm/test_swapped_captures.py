@@ -6,7 +6,6 @@ import os
 import struct
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +27,13 @@ SECONDS = float(os.environ.get("TATAMI_SWAP_SECONDS") or 60)
 CANARY = b"CANARY-5f8a1c: nobody but root may read this"
 NOBODY = "65534"
 _libc = ctypes.CDLL(None, use_errno=True)
-_IN_ACCESS, _IN_MODIFY, _IN_ATTRIB, _IN_OPEN, _IN_CHANGES = 0x1, 0x2, 0x4, 0x20, 0x3C0  # inotify(7); moves, creations, deletions
+_IN_ACCESS, _IN_MODIFY, _IN_ATTRIB, _IN_OPEN, _IN_CHANGES = (
+    0x1,
+    0x2,
+    0x4,
+    0x20,
+    0x3C0,
+)  # inotify(7); moves, creations, deletions
 _EVENT = struct.Struct("iIII")
 
 
@@ -162,10 +167,11 @@ def ask(client: Client, method: str, request, counts: Counter):
         try:
             return client.call(method, request, 20)
         except grpc.RpcError as error:
-            assert error.code() in RETRY, (method, error.code(), error.details())
-            assert time.monotonic() < until, (method, error.details())
-            counts["torn away" if "moved" in str(error.details()) else "asked again"] += 1
-            threading.Event().wait(0.05)
+            code, said = error.code(), str(error.details())
+        assert code in RETRY, (method, code, said)
+        assert time.monotonic() < until, (method, said)
+        counts["torn away" if "moved" in said else "asked again"] += 1
+        time.sleep(0.05)
 
 
 def leaked(top: Path) -> list[str]:
