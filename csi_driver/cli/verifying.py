@@ -21,6 +21,7 @@ DAMAGED, CANNOT_TELL, _INTERRUPTED = 1, 2, 130
 _LOOK_SECONDS = 0.2
 _STOP_SECONDS = 5.0
 _SHOWN = 20
+_NAME_LETTERS = 16  # the rest of a line of 80 is what is done
 
 
 @dataclass(frozen=True)
@@ -61,21 +62,24 @@ def verify(domain: Domain, found: Found[SnapshotRecord]) -> Outcome:
     """Read a snapshot and compare it, showing progress where standard error is a terminal. Ctrl-C stops it and ends the program."""
     job, started = JobControl(found.id), time.monotonic()
     outcome: list[Verification | Exception] = []
+    # Not Thread.join: interrupted by an exception, it takes the thread for ended (bpo-45274's remedy, Python 3.11).
+    ended = threading.Event()
 
     def work() -> None:
         try:
             outcome.append(domain.verifier.verify(found.handle, job))
         except Exception as error:  # noqa: BLE001 - told by the thread that waits
             outcome.append(error)
+        finally:
+            ended.set()
 
     interrupts.listen()
-    thread = threading.Thread(target=work, name="verify", daemon=True)
-    thread.start()
+    threading.Thread(target=work, name="verify", daemon=True).start()
     try:
-        _wait(thread, found.handle, job)
+        _wait(ended, found.record.name if found.record else found.id, job)
     except KeyboardInterrupt:
         job.cancelled.set()
-        thread.join(_STOP_SECONDS)
+        ended.wait(_STOP_SECONDS)
         click.echo(f"\n{found.handle}: stopped, nothing was compared", err=True)
         raise SystemExit(_INTERRUPTED) from None
     (said,) = outcome
@@ -103,26 +107,25 @@ def show_outcome(outcome: Outcome) -> None:
         click.echo(f"  and {len(differences) - _SHOWN} more (--output json lists up to 1000)")
 
 
-def _wait(thread: threading.Thread, handle: str, job: JobControl) -> None:
+def _wait(ended: threading.Event, name: str, job: JobControl) -> None:
     if not sys.stderr.isatty():
-        while thread.is_alive():
-            thread.join(_LOOK_SECONDS)
+        while not ended.wait(_LOOK_SECONDS):
+            pass
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
+        TextColumn("{task.description}", markup=False),  # a name is somebody's word
+        BarColumn(bar_width=16),
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
         TextColumn("{task.fields[files]} files"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(handle, total=None, files=0)
-        while thread.is_alive():
-            thread.join(_LOOK_SECONDS)
+        task = bar.add_task(printable(name)[:_NAME_LETTERS], total=None, files=0)
+        while not ended.wait(_LOOK_SECONDS):
             # Holes are not read: what was expected may be more than what comes, never the bar less than what came.
             total = max(job.total_bytes, job.progress.bytes) if job.total_bytes else None
             bar.update(task, completed=job.progress.bytes, total=total, files=job.progress.files)
