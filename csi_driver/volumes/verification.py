@@ -20,6 +20,7 @@ from csi_driver.volumes.manifests import MOST_DIFFERENCES, Difference, Manifest,
 from csi_driver.volumes.model import ContentSource, ManifestSummary, SnapshotRecord, SourceKind
 from csi_driver.volumes.pools import PoolStore
 from csi_driver.volumes.sources import Sources
+from csi_driver.volumes.turns import Turns
 
 _PATIENCE_SECONDS = 10.0  # whoever else locks a snapshot (a deletion that is refused) holds it for a moment
 
@@ -41,10 +42,11 @@ class Verification:
 class Verifier:
     """Makes and compares digests of snapshots."""
 
-    def __init__(self, locks: KeyedLocks, contents: Contents, sources: Sources) -> None:
+    def __init__(self, locks: KeyedLocks, contents: Contents, sources: Sources, turns: Turns) -> None:
         self._locks = locks
         self._contents = contents
         self._sources = sources
+        self._turns = turns
 
     def verify(self, handle: str, job: JobControl) -> Verification:
         """Read a snapshot and compare it with its digests, or make them where there are none.
@@ -90,11 +92,12 @@ class Verifier:
 
     @contextmanager
     def _read(self, source: Source, record: SnapshotRecord, job: JobControl) -> Iterator[Manifest]:
-        stand_back()
         captured = record.capture.bytes if record.capture else None  # without holes, which are not read
         job.begin("verifying", captured if captured is not None else record.manifest.bytes if record.manifest else None)
-        with self._contents.open(source) as content, read_manifest(source.store, content, job) as found:
-            yield found
+        with self._contents.open(source) as content, self._turns.take(source.store.name, job):
+            stand_back()
+            with read_manifest(source.store, content, job) as found:
+                yield found
 
     def _keep_alone(self, source: Source, found: Manifest) -> SnapshotRecord:
         """Keep what took long to make, also where somebody else looks at the snapshot at this moment. Raises OperationPending."""

@@ -82,7 +82,18 @@ class Pool:
                 for name in _names(folder)
                 if not _is_record(name) and not _is_young_temporary(folder / name)
             ]
-        known = {*KINDS, "retained", "archived", "snapshots-data", "manifests", "staging", "trash", "format.json", "lock", "promises"}
+        known = {
+            *KINDS,
+            "retained",
+            "archived",
+            "snapshots-data",
+            "manifests",
+            "staging",
+            "trash",
+            "format.json",
+            "lock",
+            "promises",
+        }
         found += [f".csi/{name}" for name in _names(self.control) if name not in known]
         named = {str(self.root / record["directory"]) for record in volumes.values()} | kept
         for name in _names(self.root):

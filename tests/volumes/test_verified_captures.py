@@ -278,8 +278,8 @@ def test_a_capture_for_which_there_is_no_room_is_resource_exhausted_and_leaves_n
         assert failure.value.errno == errno.ENOSPC
         code, message = to_status(failure.value)
         assert (code.name, "No space left" in message) == ("RESOURCE_EXHAUSTED", True)
-    bench.sweep()
-    assert bench.leftovers() == []
+        bench.sweep()
+        assert bench.leftovers() == []
     (disk / "filler").unlink()
     os.sync()
     restored = bench.create("restored", source=ContentSource(SourceKind.SNAPSHOT, snapshot.record.handle), pool="default")
