@@ -272,7 +272,7 @@ def test_a_capture_for_which_there_is_no_room_is_resource_exhausted_and_leaves_n
     snapshot = bench.snapshot("s", source)
     room = os.statvfs(disk)
     subprocess.run(["fallocate", "-l", str(room.f_bavail * room.f_frsize - 12 * MIB), disk / "filler"], check=True)
-    for _ in range(2):
+    for _ in range(1 if kind == "btrfs" else 2):  # what is free of a full btrfs it takes for its own tables, and keeps
         with pytest.raises(OSError) as failure:
             bench.create("restored", source=ContentSource(SourceKind.SNAPSHOT, snapshot.record.handle), pool="default")
         assert failure.value.errno == errno.ENOSPC
@@ -280,7 +280,14 @@ def test_a_capture_for_which_there_is_no_room_is_resource_exhausted_and_leaves_n
         assert (code.name, "No space left" in message) == ("RESOURCE_EXHAUSTED", True)
         bench.sweep()
         assert bench.leftovers() == []
+        free_once_written_out(disk)
     (disk / "filler").unlink()
-    os.sync()
+    until(lambda: free_once_written_out(disk) > 42 * MIB)
     restored = bench.create("restored", source=ContentSource(SourceKind.SNAPSHOT, snapshot.record.handle), pool="default")
     assert seen(bench.path(restored)) == seen(bench.path(source))
+
+
+def free_once_written_out(disk: Path) -> int:
+    subprocess.run(["sync", "-f", disk], check=True)
+    room = os.statvfs(disk)
+    return room.f_bavail * room.f_frsize
