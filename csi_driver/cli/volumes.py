@@ -75,7 +75,7 @@ def _describe(domain: Domain, found: Found[VolumeRecord]) -> dict[str, Any]:
         "directory": record.directory,
         "size_bytes": record.capacity_bytes,
         "limiter": context.get("limiter", "none"),
-        "layout": record.layout.value,
+        "layout": record.form.layout.value,
         "source": {"kind": source.kind.value, "handle": source.handle} if source else None,
         "capture": show_capture(record.capture),
         "published": [
