@@ -4,8 +4,9 @@ import dataclasses
 import logging
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -26,7 +27,7 @@ from csi_driver.rpc.registration import KubeletRegistration
 from csi_driver.rpc.server import CsiServer
 from csi_driver.telemetry import logs
 from csi_driver.telemetry.http_endpoint import ALIVE_SECONDS, serve_metrics
-from csi_driver.telemetry.metrics import Metrics, PoolUsage, PrometheusMetrics
+from csi_driver.telemetry.metrics import JobUsage, Metrics, PoolUsage, PrometheusMetrics
 from csi_driver.volumes.assembly import Domain, Installation, assemble
 from csi_driver.volumes.handles import node_tag
 from csi_driver.volumes.model import Topology
@@ -112,6 +113,34 @@ def _ready(domain: Domain, registration: KubeletRegistration | None) -> Callable
 
 def _alive(server: CsiServer) -> Callable[[], str | None]:
     return lambda: server.silence(ALIVE_SECONDS)
+
+
+@contextmanager
+def inspect(settings: DriverSettings, node_id: str) -> Iterator[Domain]:
+    """Give the objects of a process that looks into the pools beside those that serve them: nothing is prepared, served or swept.
+
+    A share gets a mount of its own, for a short while: the driver's is the driver's. Raises ConfigError.
+    """
+    logs.configure("text", "error")
+    place = Path(tempfile.mkdtemp(prefix="tatami-")) if settings.backend == "nfs" else Path("/var/lib/kubelet")
+    options = ServeOptions(None, "controller", "unix:///csi/csi.sock", node_id, place, None, None, "text", "error").checked()
+    domain = assemble(_installation(options, settings))
+    try:
+        yield domain
+    finally:
+        domain.stop(2.0)
+        if settings.backend == "nfs":
+            _remove_mount_points(place, [place / "plugins" / settings.name / "pools" / store.name for store in domain.pools])
+
+
+def _remove_mount_points(top: Path, places: Sequence[Path]) -> None:
+    """Remove empty directories alone: where a share could not be unmounted, what is below is the share's."""
+    for place in places:
+        with suppress(OSError):
+            for directory in (place, *place.parents):
+                directory.rmdir()
+                if directory == top:
+                    break
 
 
 @contextmanager
@@ -209,7 +238,17 @@ def _metrics(options: ServeOptions, settings: DriverSettings, domain: Domain) ->
         if store.backend.remote and options.role == "node":
             continue  # the controller measures it; a node would have to mount the share for that
         metrics.watch_pool(store.name, _usage_of(store, domain.promises))
+    metrics.watch_jobs(_jobs_of(domain))
     return metrics
+
+
+def _jobs_of(domain: Domain) -> Callable[[], JobUsage]:
+    def read() -> JobUsage:
+        jobs = domain.jobs.running()
+        waiting = sum(job.ahead > 0 for job in jobs)
+        return JobUsage(running=len(jobs) - waiting, waiting=waiting, bytes=domain.jobs.bytes())
+
+    return read
 
 
 def _usage_of(store: PoolStore, promises: Promises) -> Callable[[], PoolUsage]:

@@ -7,6 +7,7 @@ All of them are imported to be listed in `--help`, so heavy imports belong into 
 
 import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -14,17 +15,23 @@ import click
 
 from csi_driver import __version__, cli
 from csi_driver.config import ConfigError, DriverSettings, ServeOptions
+from csi_driver.volumes.assembly import Domain
 
-COMMANDS = ("call", "serve", "try")
+COMMANDS = ("call", "serve", "snapshots", "try", "volumes")
 
 ServeFunction = Callable[[ServeOptions, DriverSettings], int]
+InspectFunction = Callable[[DriverSettings, str], AbstractContextManager[Domain]]
 
 
 @dataclass(frozen=True)
 class Program:
-    """What the composition root lends to the commands. `serve` runs until it is told to stop and returns the exit code."""
+    """What the composition root lends to the commands. `serve` runs until it is told to stop and returns the exit code.
+
+    `inspect` opens the pools beside whoever serves them, as node `node_id`.
+    """
 
     serve: ServeFunction
+    inspect: InspectFunction
 
 
 class Refused(click.ClickException):
@@ -52,12 +59,16 @@ class CommandGroup(click.Group):
             raise Refused(str(error)) from error
 
 
-def build(serve: ServeFunction) -> click.Group:
-    """Build the command line around the function that serves."""
+def build(serve: ServeFunction, inspect: InspectFunction) -> click.Group:
+    """Build the command line around the functions that serve and that look into pools."""
     group = CommandGroup(
         name="tatami",
         help="Tatami turns directories, of an NFS server or of this node, into Kubernetes volumes.",
-        context_settings={"obj": Program(serve=serve), "help_option_names": ["-h", "--help"], "max_content_width": 120},
+        context_settings={
+            "obj": Program(serve=serve, inspect=inspect),
+            "help_option_names": ["-h", "--help"],
+            "max_content_width": 120,
+        },
         no_args_is_help=True,
     )
     return click.version_option(__version__, prog_name="tatami", message="%(prog)s %(version)s")(group)

@@ -106,6 +106,7 @@ class Carrier:
             return None
         except OSError as error:
             if error.errno != errno.ESTALE:  # NFS: removed by another client since it was looked at
+                error.filename = folder.place.path_of(name)
                 raise
             self.not_carried["vanished"] += 1
             return None

@@ -24,6 +24,14 @@ class Place:
     name: bytes
     parent: Optional["Place"]
 
+    def path_of(self, name: bytes) -> str:
+        """Say where in the copy `name` lies, for people."""
+        names, place = [name], self
+        while place.parent is not None:
+            names.append(place.name)
+            place = place.parent
+        return os.fsdecode(b"/".join(reversed(names)))
+
 
 @dataclass(slots=True)
 class _First:

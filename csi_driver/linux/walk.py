@@ -79,7 +79,8 @@ class Walk:
         """Go down into the subdirectory that the caller has opened; the descriptor is the walk's from now on."""
         self._levels.append(Level(name, descriptor))
         hidden = len(self._levels) - 1 - _OPEN_LEVELS
-        if hidden > 0:
+        # It may be closed already: the walk has come up from further down, and goes down once more.
+        if hidden > 0 and self._levels[hidden].descriptor >= 0:
             level = self._levels[hidden]
             level.identity = _identity(level.descriptor)
             os.close(level.descriptor)

@@ -43,6 +43,7 @@ from csi_driver.volumes.parameters import (
     PVC_NAME,
     PVC_NAMESPACE,
     parse_class_parameters,
+    parse_group_parameters,
     parse_mutable_parameters,
     parse_snapshot_parameters,
 )
@@ -118,13 +119,12 @@ def parse_get_capacity(request: csi.GetCapacityRequest) -> tuple[ClassParameters
 
 def parse_create_snapshot(request: csi.CreateSnapshotRequest) -> CreateSnapshot:
     """Parse CreateSnapshot."""
-    snapshot = CreateSnapshot(
+    return CreateSnapshot(
         name=parse_name(request.name, "name"),
         source_handle=parse_handle(request.source_volume_id, "source_volume_id"),
         requisite=_requisite(request),
+        digests=parse_snapshot_parameters(parse_map(request.parameters, "parameters")),
     )
-    parse_snapshot_parameters(parse_map(request.parameters, "parameters"))
-    return snapshot
 
 
 def parse_list_snapshots(request: csi.ListSnapshotsRequest) -> tuple[Page, str, str]:
@@ -142,7 +142,7 @@ def parse_create_group(request: csi.CreateVolumeGroupSnapshotRequest) -> tuple[s
     sources = parse_handles(request.source_volume_ids, "source_volume_ids")
     if not sources:
         raise InvalidArgument("source_volume_ids is missing: at least one volume is needed")
-    parse_snapshot_parameters(parse_map(request.parameters, "parameters"))
+    parse_group_parameters(parse_map(request.parameters, "parameters"))
     return name, sources
 
 

@@ -35,6 +35,32 @@ class PoolUsage:
     promised_bytes: int | None = None
 
 
+@dataclass(frozen=True)
+class JobUsage:
+    """The work that outlasts its calls: jobs that run, jobs that wait for their turn, bytes copied or read since the start."""
+
+    running: int
+    waiting: int
+    bytes: int
+
+
+class Jobs:
+    """Asks at every scrape; `read` only looks at memory."""
+
+    def __init__(self, read: Callable[[], JobUsage]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterable["Metric"]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        usage = self._read()
+        return [
+            GaugeMetricFamily("tatami_jobs_running", "Copies, restores and counts at work.", usage.running),
+            GaugeMetricFamily("tatami_jobs_waiting", "Copies and restores that wait for their turn.", usage.waiting),
+            CounterMetricFamily("tatami_jobs_bytes", "Bytes that jobs copied or read.", usage.bytes),
+        ]
+
+
 _POOL_HELP = {
     "size_bytes": "Size of the pool's filesystem.",
     "free_bytes": "Bytes that can still be written to the pool.",

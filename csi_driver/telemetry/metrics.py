@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from csi_driver import __version__
-from csi_driver.telemetry.collectors import Lanes, Pools, PoolUsage
+from csi_driver.telemetry.collectors import Jobs, JobUsage, Lanes, Pools, PoolUsage
 
-__all__ = ["Metrics", "PoolUsage", "PrometheusMetrics", "code_label"]
+__all__ = ["JobUsage", "Metrics", "PoolUsage", "PrometheusMetrics", "code_label"]
 
 CONTENT_TYPE_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -45,6 +45,9 @@ class Metrics:
 
     def watch_pool(self, pool: str, read: Callable[[], PoolUsage]) -> None:
         """Ask `read` at every scrape. What it doesn't answer within 2 seconds, or raises, is reported as not readable."""
+
+    def watch_jobs(self, read: Callable[[], JobUsage]) -> None:
+        """Ask `read`, which must not wait for anything, at every scrape. Once."""
 
     def sweep_finished(self, seconds: float, removed: Mapping[str, int], failed: int) -> None:
         """Count a run of the sweeper: how many of each kind (`staging`, `trash`, ...) it removed, and how many it could not."""
@@ -121,6 +124,9 @@ class PrometheusMetrics(Metrics):
 
     def watch_pool(self, pool: str, read: Callable[[], PoolUsage]) -> None:
         self._pools.watch(pool, read)
+
+    def watch_jobs(self, read: Callable[[], JobUsage]) -> None:
+        self._registry.register(Jobs(read))
 
     def sweep_finished(self, seconds: float, removed: Mapping[str, int], failed: int) -> None:
         for kind, count in removed.items():

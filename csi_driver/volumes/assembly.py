@@ -78,6 +78,7 @@ class Domain:
     jobs: Jobs
     sweeper: Sweeper
     state: NodeState
+    provisioner: Provisioner
     verifier: Verifier
     promises: Promises
 
@@ -132,11 +133,11 @@ def assemble(installation: Installation) -> Domain:
         for name, backend in installation.backends.items()
     }
     pools = Pools(stores, installation.default_pool)
-    locks, jobs, limits = KeyedLocks(), Jobs(), Limits()
+    locks, jobs, limits, turns = KeyedLocks(), Jobs(), Limits(), Turns()
     promises = Promises(locks)
-    contents, sources = Contents(locks, Captures(Turns())), Sources(pools, locks)
+    contents, sources = Contents(locks, Captures(turns)), Sources(pools, locks)
     volume_removal, snapshot_removal = VolumeRemoval(locks, contents, limits), SnapshotRemoval(locks)
-    verifier = Verifier(locks, contents, sources)
+    verifier = Verifier(locks, contents, sources, turns)
     provisioner = Provisioner(pools, locks, jobs, contents, sources, volume_removal, verifier, promises, limits)
     snapshots = Snapshots(pools, locks, jobs, contents, sources, snapshot_removal, verifier)
     groups = Groups(pools, locks, jobs, snapshots, sources, snapshot_removal)
@@ -169,4 +170,4 @@ def assemble(installation: Installation) -> Domain:
     # A node alone does not sweep what lies behind a server: there the controller does.
     swept = {name: store for name, store in stores.items() if controller or not store.backend.remote}
     sweeper = Sweeper(Pools(swept, None), locks, volume_removal, snapshot_removal, groups, trash_filled)
-    return Domain(services, pools, jobs, sweeper, state, verifier, promises)
+    return Domain(services, pools, jobs, sweeper, state, provisioner, verifier, promises)

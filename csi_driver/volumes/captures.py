@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from csi_driver.errors import FailedPrecondition, quoted
 from csi_driver.linux import abilities, btrfs, files
 from csi_driver.linux.abilities import Abilities
-from csi_driver.linux.copies import copy_tree
+from csi_driver.linux.copies import CopyReport, copy_tree
 from csi_driver.linux.inode_flags import clear_holding_flags
 from csi_driver.linux.priorities import stand_back
 from csi_driver.volumes.jobs import JobCancelled, JobControl
@@ -70,18 +71,20 @@ class Captures:
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
         self._guard = threading.Lock()
-        self._known: dict[str, Abilities] = {}
+        self._known: dict[tuple[str, int], Abilities] = {}
 
     def abilities_of(self, store: PoolStore) -> Abilities:
         """Return what the pool can do. Raises OSError where it cannot be found out now (ENOSPC, EROFS)."""
-        with self._guard:
-            known = self._known.get(store.name)
-        if known is None:
-            with store.open(STAGING) as staging:
-                known = abilities.probe(staging)
-            _log.info("how a pool captures", extra={"pool": store.name, "capture": known.best})
+        with store.open(STAGING) as staging:
+            # A share that was mounted again may have come with another version, or from another server.
+            place = (store.name, store.backend.generation)
             with self._guard:
-                self._known[store.name] = known
+                known = self._known.get(place)
+            if known is None:
+                known = abilities.probe(staging)
+                _log.info("how a pool captures", extra={"pool": store.name, "capture": known.best})
+                with self._guard:
+                    self._known[place] = known
         return known
 
     def make_empty(self, store: PoolStore, staging: int, name: str, hold: Hold) -> None:
@@ -97,7 +100,8 @@ class Captures:
     def capture(self, store: PoolStore, source: int, staging: int, name: str, job: JobControl, hold: Hold) -> CaptureReport:
         """Make `name` in staging hold what the directory `source` holds, on disk when this returns.
 
-        Raises JobCancelled, OSError (ENOSPC, EDQUOT: `hold` lets it have less), and what `hold` raises.
+        Raises JobCancelled, FailedPrecondition where a file may not be read, OSError (ENOSPC, EDQUOT: `hold` lets it have less), and
+        what `hold` raises.
         """
         if self.abilities_of(store).subvolumes and (report := _snapshot(source, staging, name)) is not None:
             with _opened(staging, name) as top:
@@ -110,13 +114,7 @@ class Captures:
             self.make_empty(store, staging, name, hold)
             target = os.open(name, _DIRECTORY, dir_fd=staging)
             try:
-                copied = copy_tree(
-                    source,
-                    target,
-                    progress=job.progress,
-                    should_stop=job.should_stop,
-                    workers=REMOTE_WORKERS if store.backend.remote else LOCAL_WORKERS,
-                )
+                copied = _copy(store, source, target, job)
                 if job.should_stop():
                     raise JobCancelled(f"{job.key} was stopped")
                 files.sync_filesystem(target)
@@ -124,6 +122,23 @@ class Captures:
             finally:
                 os.close(target)
         return CaptureReport(copied.method, copied.files, copied.bytes, dict(copied.not_carried))
+
+
+def _copy(store: PoolStore, source: int, target: int, job: JobControl) -> CopyReport:
+    """Copy the tree. Raises FailedPrecondition for what may not be read, WalkStopped, OSError."""
+    try:
+        return copy_tree(
+            source,
+            target,
+            progress=job.progress,
+            should_stop=job.should_stop,
+            workers=REMOTE_WORKERS if store.backend.remote else LOCAL_WORKERS,
+        )
+    except PermissionError as error:
+        raise FailedPrecondition(
+            f"pool {store.name}: {quoted(error.filename or 'the top', 400)} cannot be copied whole ({error.strerror}): what runs here may not "
+            "read it; export an NFS pool to the controller with `no_root_squash`, or let its owner make it readable for all"
+        ) from error
 
 
 @contextmanager

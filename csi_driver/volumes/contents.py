@@ -91,7 +91,7 @@ class Contents:
         store.trash_staging(record_id)
         name = _staging_name(record_id, token)
         with _open_source(source) as origin, store.open(STAGING) as staging:
-            job.total_bytes = source.bytes
+            job.begin("copying", source.bytes)
             if source.form.layout is Layout.IMAGE:
                 return self._copy_image(store, origin.fd, staging, name, job, size_bytes)
             report = self._captures.capture(store, origin.fd, staging, name, job, hold or HoldNothing())

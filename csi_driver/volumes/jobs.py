@@ -36,14 +36,31 @@ class JobControl:
     """What work sees of its job: where it shows its progress, and whether it was told to stop."""
 
     key: str
-    progress: Progress = field(default_factory=Progress)
+    parts: list[Progress] = field(default_factory=lambda: [Progress()])  # one after the other, the present one last
     started: float = field(default_factory=time.monotonic)
     cancelled: threading.Event = field(default_factory=threading.Event)
     ahead: int = 0  # how many others have to end before it is this one's turn
-    total_bytes: int | None = None  # what will have been done at the end, where that is known
+    total_bytes: int | None = None  # what will have been done at the end of this part, where that is known
+    doing: str = ""  # what this part is: "copying"
+
+    @property
+    def progress(self) -> Progress:
+        """How far the present part is."""
+        return self.parts[-1]
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes the job has read or copied in all."""
+        return sum(part.bytes for part in self.parts)
 
     def should_stop(self) -> bool:
         return self.cancelled.is_set()
+
+    def begin(self, doing: str, total_bytes: int | None) -> None:
+        """Count from zero for another part of the work: what one part has done says nothing of the next."""
+        self.parts.append(Progress())
+        self.doing, self.total_bytes = doing, total_bytes
+        self.began()
 
     def began(self) -> None:
         """Count time from now on: its turn has come."""
@@ -58,6 +75,8 @@ class JobControl:
         rate = done / seconds if seconds > 0 else 0.0
         of_all = f" of {show_bytes(self.total_bytes)}" if self.total_bytes else ""
         said = f"{files} files, {show_bytes(done)}{of_all} in {seconds:.0f} s, {show_bytes(rate)}/s"
+        if self.doing:
+            said = f"{self.doing}: {said}"
         if self.total_bytes and rate and self.total_bytes > done:
             said += f", about {(self.total_bytes - done) / rate:.0f} s to go"
         return said
@@ -71,6 +90,7 @@ class Job(JobControl, Generic[T]):
     result: T | None = None
     error: BaseException | None = None
     ended: float = 0.0
+    counted: bool = False  # whether its bytes are among those of the jobs that have ended
 
 
 class Jobs:
@@ -80,6 +100,7 @@ class Jobs:
         self._guard = threading.Lock()
         self._jobs: dict[str, Job[Any]] = {}
         self._stopping = False
+        self._bytes = 0  # of jobs that have ended
 
     def run(self, key: str, work: Callable[[JobControl], T], deadline: float) -> T:
         """Start `work` as job `key`, or join the one that runs, and return its result.
@@ -98,6 +119,11 @@ class Jobs:
         """List the jobs that have not ended."""
         with self._guard:
             return [job for job in self._jobs.values() if not job.finished.is_set()]
+
+    def bytes(self) -> int:
+        """Count what all jobs have read or copied since the start, those that run included."""
+        with self._guard:
+            return self._bytes + sum(job.bytes for job in self._jobs.values() if not job.counted)
 
     def find(self, key: str) -> Job[Any] | None:
         """Return the job `key` while it runs."""
@@ -151,6 +177,7 @@ class Jobs:
     def _work(self, job: Job[T], work: Callable[[JobControl], T]) -> None:
         try:
             job.result = work(job)
+            self._count(job)
             # Only failures are kept for whoever asks next: a success is in the records, and must not answer for a later namesake.
             self._forget(job)
         except (TatamiError, OSError) as error:
@@ -159,8 +186,15 @@ class Jobs:
         except BaseException as error:  # noqa: BLE001 - whoever joins raises it, and that call's log has the traceback
             job.error = error
         finally:
+            self._count(job)
             job.ended = time.monotonic()
             job.finished.set()
+
+    def _count(self, job: Job[T]) -> None:
+        with self._guard:
+            if not job.counted:
+                job.counted = True
+                self._bytes += job.bytes
 
     def _forget(self, job: Job[T]) -> None:
         with self._guard:

@@ -8,6 +8,7 @@ manifest that was changed is known, too. Lines are read and written one by one; 
 
 import hashlib
 import os
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ from urllib.parse import quote_from_bytes
 
 from csi_driver.errors import RecordDamaged
 from csi_driver.linux import files
-from csi_driver.linux.tree_digests import Entry, digest_tree
+from csi_driver.linux.tree_digests import UNREADABLE, Entry, digest_tree
 from csi_driver.volumes.jobs import JobControl
 from csi_driver.volumes.model import ManifestSummary
 from csi_driver.volumes.pools import MANIFESTS, PoolStore, new_token
@@ -25,12 +26,14 @@ from csi_driver.volumes.pools import MANIFESTS, PoolStore, new_token
 MOST_DIFFERENCES = 1000
 """More are counted, not listed."""
 _LINES_AT_ONCE = 100_000
+_TOUCH_SECONDS = 60.0
+"""The sweeper takes a temporary file that nobody has touched for an hour for left over, and one large file may take longer to read."""
 _SAFE = bytes(range(33, 127)).replace(b"%", b"").decode()
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One path that is not what the manifest says: `missing`, `unexpected`, or `changed`."""
+    """One path that is not what the manifest says: `missing`, `unexpected`, `changed`, or `unreadable`."""
 
     what: str
     path: str
@@ -56,10 +59,12 @@ class _Sum:
 class Manifest:
     """What is read of a snapshot now, in a file that goes when the context ends unless it is kept."""
 
-    def __init__(self, folder: int, name: str, summary: ManifestSummary) -> None:
+    def __init__(self, folder: int, name: str, summary: ManifestSummary, unreadable: tuple[Difference, ...]) -> None:
         self._folder = folder
         self._name = name
         self.summary = summary
+        self.unreadable = unreadable
+        """What the disk did not give back, at most `MOST_DIFFERENCES` of it."""
 
     def keep(self, record_id: str) -> None:
         """Make it the snapshot's manifest, durably."""
@@ -79,8 +84,7 @@ class Manifest:
             then, now = (_part_of(self._folder, name, part, parts) for name in (record_id, self._name))
             for path in sorted(then.keys() | now.keys()):
                 if then.get(path) != now.get(path):
-                    what = "changed" if path in then and path in now else "missing" if path in then else "unexpected"
-                    yield Difference(what, path.decode())
+                    yield Difference(_what_happened(then.get(path), now.get(path)), path.decode())
 
 
 @contextmanager
@@ -90,25 +94,45 @@ def read_manifest(store: PoolStore, top: int, job: JobControl) -> Iterator[Manif
     with store.open(MANIFESTS) as folder:
         try:
             with _created(folder, name) as file:
-                summary = _write(file, top, job)
-            yield Manifest(folder, name, summary)
+                summary, unreadable = _write(file, top, job)
+            yield Manifest(folder, name, summary, unreadable)
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=folder)
 
 
-def _write(file: BinaryIO, top: int, job: JobControl) -> ManifestSummary:
+def _write(file: BinaryIO, top: int, job: JobControl) -> tuple[ManifestSummary, tuple[Difference, ...]]:
     found = _Sum()
+    unreadable: list[Difference] = []
+    touched = time.monotonic()
 
     def tell(entry: Entry) -> None:
-        line = f"{entry.kind} {entry.size} {entry.digest} {quote_from_bytes(entry.path, _SAFE)}\n".encode()
+        path = quote_from_bytes(entry.path, _SAFE)
+        line = f"{entry.kind} {entry.size} {entry.digest} {path}\n".encode()
         found.add(line)
         file.write(line)
+        if entry.digest == UNREADABLE and len(unreadable) < MOST_DIFFERENCES:
+            unreadable.append(Difference(UNREADABLE, path))
 
-    digest_tree(top, tell, job.progress, job.should_stop)
+    def should_stop() -> bool:
+        nonlocal touched
+        if time.monotonic() - touched > _TOUCH_SECONDS:
+            touched = time.monotonic()
+            os.utime(file.fileno())
+        return job.should_stop()
+
+    digest_tree(top, tell, job.progress, should_stop)
     file.flush()
     os.fsync(file.fileno())
-    return found.summary()
+    return found.summary(), tuple(unreadable)
+
+
+def _what_happened(then: bytes | None, now: bytes | None) -> str:
+    if then is None:
+        return "unexpected"
+    if now is None:
+        return "missing"
+    return UNREADABLE if now.endswith(UNREADABLE.encode()) else "changed"
 
 
 def _summary_of(folder: int, name: str) -> ManifestSummary | None:

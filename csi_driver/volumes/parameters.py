@@ -68,6 +68,7 @@ def parse_class_parameters(parameters: Mapping[str, str], mutable: Mapping[str, 
         layout=_take("parameters", own, "layout", _layout),
         limit=_take("parameters", own, "limit", _limit) or LimitPolicy.PREFERRED,
         inodes=_take("parameters", own, "inodes", _inodes),
+        verify=_take("parameters", own, "verify", _yes_or_no) or False,
     )
 
 

@@ -302,6 +302,7 @@ def _require_same(record: VolumeRecord, request: CreateVolume) -> None:
             ("parameters.uid, gid or mode", record.ownership != parameters.ownership),
             ("layout, volume mode or filesystem", not access.has_form(record.form, parameters.layout, request.capabilities)),
             ("parameters.limit or inodes", (record.limit_policy, record.inodes) != (parameters.limit, parameters.inodes)),
+            ("parameters.verify", record.verify != parameters.verify),
         )
         if differs
     ]

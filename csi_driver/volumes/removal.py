@@ -116,7 +116,9 @@ class SnapshotRemoval:
             try:
                 held.enter_context(self._locks.hold(store, content_key(record.id)))
             except OperationPending as error:
-                raise FailedPrecondition(f"snapshot {record.handle} is in use: a volume is being restored from it") from error
+                raise FailedPrecondition(
+                    f"snapshot {record.handle} is in use: a volume is being restored from it, or it is being verified"
+                ) from error
             yield
 
     def take(self, store: PoolStore, record: SnapshotRecord) -> None:

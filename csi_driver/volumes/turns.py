@@ -1,4 +1,4 @@
-"""Turns: how many copies run in one pool at the same time. The others wait in line.
+"""Turns: how many copies, and readings of snapshots, run in one pool at the same time. The others wait in line.
 
 A disk is not quicker for two copies than for one after the other, but everybody else who uses it is slower; two at a time, so that a
 small one need not wait for a large one. What the pool does in one step (a btrfs snapshot) needs no turn.

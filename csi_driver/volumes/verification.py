@@ -5,12 +5,13 @@ VolumeSnapshotClass says `digests: "true"`, otherwise by the first `tatami snaps
 restore of a class with `verify: "true"`, reads the snapshot again and compares.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from csi_driver.errors import FailedPrecondition
+from csi_driver.errors import FailedPrecondition, OperationPending
 from csi_driver.linux.priorities import stand_back
 from csi_driver.volumes.contents import Contents, Source
 from csi_driver.volumes.jobs import JobControl
@@ -19,11 +20,14 @@ from csi_driver.volumes.manifests import MOST_DIFFERENCES, Difference, Manifest,
 from csi_driver.volumes.model import ContentSource, ManifestSummary, SnapshotRecord, SourceKind
 from csi_driver.volumes.pools import PoolStore
 from csi_driver.volumes.sources import Sources
+from csi_driver.volumes.turns import Turns
+
+_PATIENCE_SECONDS = 10.0  # whoever else locks a snapshot (a deletion that is refused) holds it for a moment
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What a look at a snapshot gave. `first`: there was nothing to compare with, and now there is."""
+    """What a look at a snapshot gave. `first`: there was nothing to compare with; where all could be read, now there is."""
 
     record: SnapshotRecord
     summary: ManifestSummary
@@ -38,10 +42,11 @@ class Verification:
 class Verifier:
     """Makes and compares digests of snapshots."""
 
-    def __init__(self, locks: KeyedLocks, contents: Contents, sources: Sources) -> None:
+    def __init__(self, locks: KeyedLocks, contents: Contents, sources: Sources, turns: Turns) -> None:
         self._locks = locks
         self._contents = contents
         self._sources = sources
+        self._turns = turns
 
     def verify(self, handle: str, job: JobControl) -> Verification:
         """Read a snapshot and compare it with its digests, or make them where there are none.
@@ -50,18 +55,23 @@ class Verifier:
         """
         with self._sources.hold(ContentSource(SourceKind.SNAPSHOT, handle)) as source:
             record = self._record(source)
-            job.total_bytes = record.manifest.bytes if record.manifest else source.bytes
-            with self._read(source, job) as found:
+            with self._read(source, record, job) as found:
                 if record.manifest is None:
-                    with self._locks.hold(source.store, f"snapshot:{record.id}"):
-                        record = self._keep(source.store, self._record(source), found)
-                    return Verification(record, found.summary, True, ())
+                    if found.unreadable:  # what cannot be read is no measure of anything
+                        return Verification(record, found.summary, True, found.unreadable)
+                    return Verification(self._keep_alone(source, found), found.summary, True, ())
                 differences = tuple(islice(found.differences(record.id, record.manifest), MOST_DIFFERENCES))
                 return Verification(record, found.summary, False, differences)
 
     def digest(self, store: PoolStore, record: SnapshotRecord, job: JobControl) -> SnapshotRecord:
-        """Make the digests of a snapshot that was just cut; the caller holds its lock. Returns the record as it now is."""
-        with self._read(Source(store, SourceKind.SNAPSHOT, record.id), job) as found:
+        """Make the digests of a snapshot that was just cut; the caller holds its lock. Returns the record as it now is.
+
+        Raises FailedPrecondition where the disk does not give back what was to be captured.
+        """
+        with self._read(Source(store, SourceKind.SNAPSHOT, record.id), record, job) as found:
+            if found.unreadable:
+                shown = ", ".join(each.path for each in found.unreadable[:3])
+                raise FailedPrecondition(f"volume {record.source_handle} is damaged, the disk does not give back: {shown}")
             return self._keep(store, record, found)
 
     def require_whole(self, source: Source, job: JobControl) -> None:
@@ -74,17 +84,32 @@ class Verifier:
                 f"snapshot {record.handle} has no digests to verify it by: make them with `tatami snapshots verify {record.handle}`, or "
                 'take snapshots of a VolumeSnapshotClass with `digests: "true"`'
             )
-        with self._read(source, job) as found:
+        with self._read(source, record, job) as found:
             differences = tuple(islice(found.differences(record.id, record.manifest), 3))
         if differences:
             shown = ", ".join(f"{each.path} ({each.what})" for each in differences)
             raise FailedPrecondition(f"snapshot {record.handle} is damaged, nothing was restored from it: {shown}")
 
     @contextmanager
-    def _read(self, source: Source, job: JobControl) -> Iterator[Manifest]:
-        stand_back()
-        with self._contents.open(source) as content, read_manifest(source.store, content, job) as found:
-            yield found
+    def _read(self, source: Source, record: SnapshotRecord, job: JobControl) -> Iterator[Manifest]:
+        captured = record.capture.bytes if record.capture else None  # without holes, which are not read
+        job.begin("verifying", captured if captured is not None else record.manifest.bytes if record.manifest else None)
+        with self._contents.open(source) as content, self._turns.take(source.store.name, job):
+            stand_back()
+            with read_manifest(source.store, content, job) as found:
+                yield found
+
+    def _keep_alone(self, source: Source, found: Manifest) -> SnapshotRecord:
+        """Keep what took long to make, also where somebody else looks at the snapshot at this moment. Raises OperationPending."""
+        until = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            try:
+                with self._locks.hold(source.store, f"snapshot:{source.record_id}"):
+                    return self._keep(source.store, self._record(source), found)
+            except OperationPending:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.05)
 
     @staticmethod
     def _keep(store: PoolStore, record: SnapshotRecord, found: Manifest) -> SnapshotRecord:

@@ -12,7 +12,7 @@ from csi_driver.config import ConfigError, parse_settings
 from csi_driver.errors import InvalidArgument
 from csi_driver.linux.mounts import parse_bind_flags
 from csi_driver.rpc.status import CODES, ERRNO_CODES
-from csi_driver.telemetry.metrics import PoolUsage, PrometheusMetrics
+from csi_driver.telemetry.metrics import JobUsage, PoolUsage, PrometheusMetrics
 from csi_driver.volumes import parameters
 from csi_driver.volumes.model import OnDelete
 from tests.cli.trials import REPOSITORY
@@ -99,7 +99,7 @@ def test_the_flags_are_those_of_serve_with_their_variables_and_defaults():
 
 
 def test_every_command_that_is_named_exists():
-    group = commands.build(serve=lambda *_: 0)
+    group = commands.build(serve=lambda *_: 0, inspect=None)
     named = set(re.findall(r"`tatami ([a-z]+)", README))
     assert named == set(group.list_commands(click.Context(group)))
 
@@ -191,6 +191,7 @@ def test_each_metric_is_listed_with_its_labels():
     metrics = PrometheusMetrics("driver", {"backend": "hostpath", "role": "all"})
     metrics.lane_opened("node", 1)
     metrics.watch_pool("fast", lambda: PoolUsage(1, 1, 1, 1, 1, 1, 1))
+    metrics.watch_jobs(lambda: JobUsage(1, 1, 1))
     metrics.call_finished("/csi.v1.Node/NodeGetInfo", "OK", 0.1)
     metrics.sweep_finished(0.1, {"trash": 1}, 0)
     labels = {}

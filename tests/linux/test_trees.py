@@ -309,6 +309,16 @@ def test_a_tree_that_is_filled_while_it_is_removed_goes_in_the_end(room):
     assert os.listdir(path) == []
 
 
+def test_deep_branches_that_part_far_down_are_measured_and_removed(room):
+    path, descriptor = room
+    for branch in ("x", "y", "z"):
+        # They part 75 levels down, where the first levels are closed already; each goes 70 further.
+        (path / "/".join(["a"] * 75) / "/".join([branch] * 70)).mkdir(parents=True)
+    assert measure(path).inodes == 1 + 75 + 3 * 70
+    trees.remove_tree(descriptor, "a")
+    assert os.listdir(path) == []
+
+
 def test_a_tree_deeper_than_any_path_is_measured_and_removed(room):
     path, descriptor = room
     nest(path, 10_000)

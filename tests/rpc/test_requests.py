@@ -539,6 +539,12 @@ def test_a_map_has_at_most_4_kib(parse, field):
     assert message.startswith(f"{field} holds {MAX_MAP_BYTES + 20} bytes")
 
 
+def test_a_snapshot_class_with_digests_asks_for_them():
+    assert requests.parse_create_snapshot(good(requests.parse_create_snapshot, parameters={"digests": "true"})).digests
+    assert not requests.parse_create_snapshot(good(requests.parse_create_snapshot)).digests
+    assert requests.parse_create_volume(good(requests.parse_create_volume, parameters={"verify": "true"})).parameters.verify
+
+
 def test_a_map_of_exactly_4_kib_is_taken_and_the_kubelets_tokens_do_not_count():
     context = {"k": "v" * (MAX_MAP_BYTES - 1), SERVICE_ACCOUNT_TOKENS: "t" * 8000}
     assert requests.parse_stage(good(requests.parse_stage, volume_context=context)).volume_context == context

@@ -74,6 +74,7 @@ class Pool:
         kept = {str(each.data) for each in self.kept()}
         found = [f".csi/{name}" for name in self.busy()]
         found += [f".csi/snapshots-data/{name}" for name in _names(self.control / "snapshots-data") if name not in snapshots]
+        found += [f".csi/manifests/{name}" for name in _names(self.control / "manifests") if name not in snapshots]
         for kind in (*KINDS, "retained", "archived"):
             folder = self.control / kind
             found += [
@@ -81,7 +82,18 @@ class Pool:
                 for name in _names(folder)
                 if not _is_record(name) and not _is_young_temporary(folder / name)
             ]
-        known = {*KINDS, "retained", "archived", "snapshots-data", "staging", "trash", "format.json", "lock", "promises"}
+        known = {
+            *KINDS,
+            "retained",
+            "archived",
+            "snapshots-data",
+            "manifests",
+            "staging",
+            "trash",
+            "format.json",
+            "lock",
+            "promises",
+        }
         found += [f".csi/{name}" for name in _names(self.control) if name not in known]
         named = {str(self.root / record["directory"]) for record in volumes.values()} | kept
         for name in _names(self.root):

@@ -36,7 +36,7 @@ def run(monkeypatch):
 
     def run(*arguments, env=None, outcome=0):
         served = Served(outcome)
-        result = CliRunner().invoke(commands.build(serve=served), arguments, env=env, prog_name="tatami")
+        result = CliRunner().invoke(commands.build(serve=served, inspect=None), arguments, env=env, prog_name="tatami")
         return result, served.calls
 
     return run
@@ -174,7 +174,7 @@ def test_a_module_that_is_no_command_is_not_offered_as_one(run):
 
 
 def test_commands_are_click_commands_with_help():
-    group = commands.build(serve=Served())
+    group = commands.build(serve=Served(), inspect=None)
     context = click.Context(group)
     names = group.list_commands(context)
     assert "serve" in names

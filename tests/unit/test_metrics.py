@@ -16,7 +16,7 @@ from csi_driver import __version__
 from csi_driver.config import ConfigError
 from csi_driver.telemetry import http_endpoint
 from csi_driver.telemetry.http_endpoint import serve_metrics
-from csi_driver.telemetry.metrics import Metrics, PoolUsage, PrometheusMetrics, code_label
+from csi_driver.telemetry.metrics import JobUsage, Metrics, PoolUsage, PrometheusMetrics, code_label
 
 
 @pytest.fixture
@@ -134,6 +134,17 @@ def test_pools_report_what_they_know_and_nothing_else(metrics):
     assert found["tatami_pool_snapshots"] == {("fast",): 2}
     assert found["tatami_pool_trash"] == {("fast",): 1}
     assert found["tatami_pool_promised_bytes"] == {("fast",): 80}
+
+
+def test_jobs_are_counted_at_each_scrape(metrics):
+    usage = JobUsage(running=2, waiting=1, bytes=100)
+    metrics.watch_jobs(lambda: usage)
+    found = scrape(metrics)
+    assert found["tatami_jobs_running"] == {(): 2}
+    assert found["tatami_jobs_waiting"] == {(): 1}
+    assert found["tatami_jobs_bytes_total"] == {(): 100}
+    usage = JobUsage(running=0, waiting=0, bytes=150)
+    assert scrape(metrics)["tatami_jobs_bytes_total"] == {(): 150}
 
 
 def test_a_pool_that_fails_reports_nothing_and_is_logged_once_per_outage(metrics, caplog):

@@ -15,6 +15,7 @@ from csi_driver.volumes.parameters import (
     StaticParameters,
     check_directory,
     parse_class_parameters,
+    parse_group_parameters,
     parse_inline_parameters,
     parse_mutable_parameters,
     parse_snapshot_parameters,
@@ -56,7 +57,7 @@ def refuses(parse, *args):
     return None
 
 
-@pytest.mark.parametrize("key", ["pool", "directory", "onDelete", "uid", "gid", "mode"])
+@pytest.mark.parametrize("key", ["pool", "directory", "onDelete", "uid", "gid", "mode", "verify"])
 @given(value=HOSTILE)
 def test_any_value_of_a_class_parameter_is_taken_or_refused_by_its_key(key, value):
     message = refuses(parse_class_parameters, {key: value})
@@ -65,12 +66,34 @@ def test_any_value_of_a_class_parameter_is_taken_or_refused_by_its_key(key, valu
 
 @given(key=st.text(), value=st.text())
 def test_any_unknown_key_is_refused_by_name(key, value):
-    if key in {"pool", "directory", "onDelete", "uid", "gid", "mode"} or key.startswith("csi.storage.k8s.io/"):
+    if key in {"pool", "directory", "onDelete", "uid", "gid", "mode", "verify", "digests", "freeze"} or key.startswith(
+        "csi.storage.k8s.io/"
+    ):
         return
     for parse in (parse_class_parameters, parse_mutable_parameters, parse_snapshot_parameters, parse_inline_parameters):
         message = refuses(parse, {key: value})
         assert message is not None
         assert "unknown key" in message
+
+
+@pytest.mark.parametrize(("parse", "key"), [(parse_class_parameters, "verify"), (parse_snapshot_parameters, "digests")])
+def test_what_is_yes_or_no_is_said_as_true_or_false(parse, key):
+    def said(parsed):
+        return parsed.verify if isinstance(parsed, ClassParameters) else parsed
+
+    assert said(parse({key: "true"})) is True
+    assert said(parse({key: "false"})) is said(parse({})) is False
+    for value in ("True", "yes", "1", ""):
+        with pytest.raises(InvalidArgument, match=rf'parameters\["{key}"\] is .*allowed are "true" and "false"'):
+            parse({key: value})
+
+
+def test_freeze_is_refused_with_the_reason_and_a_group_makes_no_digests():
+    for parse in (parse_snapshot_parameters, parse_group_parameters):
+        with pytest.raises(InvalidArgument, match="one filesystem, which is never frozen"):
+            parse({"freeze": "true"})
+    with pytest.raises(InvalidArgument, match="digests"):
+        parse_group_parameters({"digests": "true"})
 
 
 def test_a_typo_is_answered_with_what_was_meant():
