@@ -72,6 +72,13 @@ def _driver_ready() -> bool:
     )
 
 
+def _keep_driver_on(story: Story, node: str | None) -> None:
+    """Let the driver run on one node only, or (None) on all."""
+    client = Kubectl(driver.NAMESPACE)
+    selector = {"nodeSelector": {"kubernetes.io/hostname": node}}
+    client.patch("daemonset", client.find("daemonsets")[0]["metadata"]["name"], {"spec": {"template": {"spec": selector}}})
+
+
 def _pods_replaced(story: Story) -> None:
     Kubectl(driver.NAMESPACE).delete("pods", *_driver_pods())
 
@@ -99,11 +106,7 @@ def test_a_writer_writes_on_while_the_driver_or_the_kubelet_is_away(story: Story
 
 
 def test_a_pod_that_is_deleted_while_the_driver_is_away_goes_when_it_is_back(story: Story, writer):
-    client = Kubectl(driver.NAMESPACE)
-    absent = {"spec": {"template": {"spec": {"nodeSelector": {"kubernetes.io/hostname": "nowhere"}}}}}
-    name = client.find("daemonsets")[0]["metadata"]["name"]
-    before = client.get("daemonset", name)["spec"]["template"]["spec"].get("nodeSelector")
-    client.patch("daemonset", name, absent)
+    _keep_driver_on(story, "nowhere")
     try:
         wait_until("the end of the driver's pods", lambda: not _driver_pods(), 90)
         story.k.delete("pod", "writer", wait=False)
@@ -111,7 +114,7 @@ def test_a_pod_that_is_deleted_while_the_driver_is_away_goes_when_it_is_back(sto
         story.refused("Pod", "waiting", "FailedMount", driver.HOSTPATH, seconds=60)
         assert story.k.exists("pod", "writer")
     finally:
-        client.patch("daemonset", name, {"spec": {"template": {"spec": {"nodeSelector": before}}}})
+        _keep_driver_on(story, None)
     wait_until("the driver", lambda: len(_driver_pods()) == 2 and _driver_ready(), 90)
     story.k.gone("pod", "writer", 120)
     story.k.wait("pod", "waiting", ready, 180)
