@@ -57,9 +57,11 @@ def test_the_committed_manifests_are_what_the_chart_makes(chart, name):
 def test_the_defaults_install_hostpath_with_a_default_class_and_no_nfs(objects):
     found = objects()
     assert [driver["metadata"]["name"] for driver in of_kind(found, "CSIDriver")] == [DEFAULT_NAMES["hostpath"]]
-    (only,) = of_kind(found, "StorageClass")
-    assert only["metadata"]["annotations"] == {"storageclass.kubernetes.io/is-default-class": "true"}
-    assert (only["provisioner"], only["volumeBindingMode"]) == (DEFAULT_NAMES["hostpath"], "WaitForFirstConsumer")
+    usual, copies = of_kind(found, "StorageClass")
+    assert usual["metadata"]["annotations"] == {"storageclass.kubernetes.io/is-default-class": "true"}
+    assert (usual["provisioner"], usual["volumeBindingMode"]) == (DEFAULT_NAMES["hostpath"], "WaitForFirstConsumer")
+    assert "annotations" not in copies["metadata"]
+    assert (copies["provisioner"], copies["volumeBindingMode"]) == (DEFAULT_NAMES["hostpath"], "Immediate")
 
 
 def test_nfs_comes_with_its_first_pool_and_hostpath_can_be_left_out(objects):
