@@ -173,6 +173,8 @@ def _installation(options: ServeOptions, settings: DriverSettings) -> Installati
         if options.role == "expansion":
             raise ConfigError("--role expansion is for pools of nodes: those of NFS servers are expanded by their controller")
         pools = [pool for pool in settings.pools.values() if isinstance(pool, NfsPool)]
+        if options.role == "node":  # the data is the controller's, and this machine hardly the server's
+            pools = [dataclasses.replace(pool, data=None) for pool in pools]
         backends = _nfs_backends(pools, state_directory)
         # Says which nodes run this driver. Volumes are bound to none of them: whoever has a way to the server can mount them.
         client = {f"topology.{settings.name}/client": "nfs"}
