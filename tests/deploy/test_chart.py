@@ -380,3 +380,10 @@ def test_a_wrong_value_is_refused_by_name(chart, option, said):
 def test_two_default_classes_are_refused(chart):
     with pytest.raises(RuntimeError, match="several: tatami, tatami-nfs"):
         chart.template(*NFS, "--set=nfs.storageClasses[0].name=tatami-nfs", "--set=nfs.storageClasses[0].default=true")
+
+
+def test_data_of_a_pool_without_a_place_for_the_controller_is_refused(chart):
+    with pytest.raises(RuntimeError, match=r"nfs\.controller\.nodeSelector"):
+        chart.template(*NFS, "--set=nfs.pools.fast.data=/srv/tatami")
+    with pytest.raises(RuntimeError, match="data"):
+        chart.template(*NFS, "--set=nfs.pools.fast.data=relative", "--set=nfs.controller.nodeSelector.a=b")
