@@ -124,13 +124,24 @@ def inspect(settings: DriverSettings, node_id: str) -> Iterator[Domain]:
     logs.configure("text", "error")
     place = Path(tempfile.mkdtemp(prefix="tatami-")) if settings.backend == "nfs" else Path("/var/lib/kubelet")
     options = ServeOptions(None, "controller", "unix:///csi/csi.sock", node_id, place, None, None, "text", "error").checked()
-    domain = assemble(_installation(options, settings))
+    domain = assemble(_installation(options, _as_seen_here(settings)))
     try:
         yield domain
     finally:
         domain.stop(2.0)
         if settings.backend == "nfs":
             _remove_mount_points(place, [place / "plugins" / settings.name / "pools" / store.name for store in domain.pools])
+
+
+def _as_seen_here(settings: DriverSettings) -> DriverSettings:
+    """Look through the share where this machine does not have its data."""
+    pools = {
+        name: dataclasses.replace(pool, data=None)
+        if isinstance(pool, NfsPool) and pool.data and not pool.data.is_dir()
+        else pool
+        for name, pool in settings.pools.items()
+    }
+    return dataclasses.replace(settings, pools=pools)
 
 
 def _remove_mount_points(top: Path, places: Sequence[Path]) -> None:
