@@ -124,13 +124,24 @@ def inspect(settings: DriverSettings, node_id: str) -> Iterator[Domain]:
     logs.configure("text", "error")
     place = Path(tempfile.mkdtemp(prefix="tatami-")) if settings.backend == "nfs" else Path("/var/lib/kubelet")
     options = ServeOptions(None, "controller", "unix:///csi/csi.sock", node_id, place, None, None, "text", "error").checked()
-    domain = assemble(_installation(options, settings))
+    domain = assemble(_installation(options, _as_seen_here(settings)))
     try:
         yield domain
     finally:
         domain.stop(2.0)
         if settings.backend == "nfs":
             _remove_mount_points(place, [place / "plugins" / settings.name / "pools" / store.name for store in domain.pools])
+
+
+def _as_seen_here(settings: DriverSettings) -> DriverSettings:
+    """Look through the share where this machine does not have its data."""
+    pools = {
+        name: dataclasses.replace(pool, data=None)
+        if isinstance(pool, NfsPool) and pool.data and not pool.data.is_dir()
+        else pool
+        for name, pool in settings.pools.items()
+    }
+    return dataclasses.replace(settings, pools=pools)
 
 
 def _remove_mount_points(top: Path, places: Sequence[Path]) -> None:
@@ -173,6 +184,8 @@ def _installation(options: ServeOptions, settings: DriverSettings) -> Installati
         if options.role == "expansion":
             raise ConfigError("--role expansion is for pools of nodes: those of NFS servers are expanded by their controller")
         pools = [pool for pool in settings.pools.values() if isinstance(pool, NfsPool)]
+        if options.role == "node":  # the data is the controller's, and this machine hardly the server's
+            pools = [dataclasses.replace(pool, data=None) for pool in pools]
         backends = _nfs_backends(pools, state_directory)
         # Says which nodes run this driver. Volumes are bound to none of them: whoever has a way to the server can mount them.
         client = {f"topology.{settings.name}/client": "nfs"}

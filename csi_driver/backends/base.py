@@ -61,6 +61,13 @@ class PoolBackend(Protocol):
         """
 
     @property
+    def data_is_here(self) -> bool:
+        """Whether `root` lies on a filesystem of this machine, so that quotas can be set there and nothing is a round trip away.
+
+        Of a remote pool too, where this process runs beside the server's data; nodes still know it by its server alone.
+        """
+
+    @property
     def inline(self) -> bool:
         """Whether pod authors may name this pool in an inline volume."""
 

@@ -40,6 +40,10 @@ class HostPathBackend:
         return False
 
     @property
+    def data_is_here(self) -> bool:
+        return True
+
+    @property
     def inline(self) -> bool:
         return self._settings.inline
 

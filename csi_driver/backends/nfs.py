@@ -1,4 +1,5 @@
 """NFS pools: a directory of a server. The controller works in its own mount of it, nodes mount each volume's directory by itself.
+Where the controller runs beside the server's data (`data`), it works there instead (nfs_data.py).
 
 Whatever is mounted for pods is never touched by the driver's own process: linux/nfs_child.py says why.
 """
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from csi_driver.backends.base import Shortcoming, Space, Used
+from csi_driver.backends.nfs_data import ServedData
 from csi_driver.backends.nfs_share import Share
 from csi_driver.config.settings import Budget, NfsPool
 from csi_driver.errors import Unavailable
@@ -32,7 +34,7 @@ class NfsBackend:
         """Raise InvalidArgument for options that no mount can have. Nothing is mounted yet."""
         self._settings = settings
         self._options = parse_nfs_options(settings.options, f"[pools.{settings.name}] options", of_pool=True)
-        self._share = Share(settings.name, self._source(), share_directory, share_options(self._options))
+        self._share = self._way_to(share_directory)
         self._squashed_to: int | None = None
 
     @property
@@ -46,6 +48,10 @@ class NfsBackend:
     @property
     def remote(self) -> bool:
         return True
+
+    @property
+    def data_is_here(self) -> bool:
+        return self._settings.data is not None
 
     @property
     def inline(self) -> bool:
@@ -82,6 +88,8 @@ class NfsBackend:
 
     def owner(self, directory: Path) -> int:
         """Make a file and look whose it is: that is what root is to this server."""
+        if self.data_is_here:
+            return os.geteuid()
         probe = directory / f".tmp.owner.{secrets.token_hex(8)}"
         descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
@@ -182,6 +190,13 @@ class NfsBackend:
 
     def change_group(self, mounted: Path, gid: int, should_stop: Callable[[int], bool]) -> int:
         return nfs_child.change_group(mounted, gid, _GROUP_SECONDS, should_stop)
+
+    def _way_to(self, share_directory: Path) -> Share | ServedData:
+        name, source, options = self._settings.name, self._source(), share_options(self._options)
+        if self._settings.data is None:
+            return Share(name, source, share_directory, options)
+        to_look = join_options(options, parse_nfs_options(["ro"], "share"))
+        return ServedData(name, source, self._settings.data, lambda: Share(name, source, share_directory, to_look))
 
     def _source(self, directory: str = "") -> str:
         return f"{self._settings.server}:{self._settings.path / directory}"

@@ -221,12 +221,13 @@ def _pool(pools: _Table, name: str, backend: Backend | None) -> Pool | None:
         shared, inline = table.flag("shared"), table.flag("inline")
         budget = _budget(table)
         return HostPathPool(name, directory, shared, inline, budget) if directory else None
-    table.only("server", "path", "options", "inline", *_BUDGET)
+    table.only("server", "path", "options", "inline", "data", *_BUDGET)
     server = table.text("server", parse_server, "a host name, an IPv4 address or an [IPv6] address", required=True)
     path = table.text("path", parse_server_path, "an absolute path on the server", required=True)
     options, inline = table.texts("options", parse_mount_option), table.flag("inline")
+    data = table.text("data", parse_directory, "an absolute path of the directory on the controller's machine")
     budget = _budget(table)
-    return NfsPool(name, server, path, options, inline, budget) if server and path else None
+    return NfsPool(name, server, path, options, inline, budget, data) if server and path else None
 
 
 def _budget(table: _Table) -> Budget:
@@ -263,6 +264,16 @@ def _refuse_overlaps(pools: _Table, parsed: list[Pool]) -> None:
                     "path",
                     f"must be neither the path of another pool nor above or below it: [pools.{other.name}] has {other.path}",
                 )
+            if table is not None and _share_data(pool, other):
+                table.refuse(
+                    "data", f"must be neither the data of another pool nor above or below it, as it is of [pools.{other.name}]"
+                )
+
+
+def _share_data(pool: Pool, other: Pool) -> bool:
+    if not isinstance(pool, NfsPool) or not isinstance(other, NfsPool) or pool.data is None or other.data is None:
+        return False
+    return pool.data.is_relative_to(other.data) or other.data.is_relative_to(pool.data)
 
 
 def _machine(pool: Pool) -> str:

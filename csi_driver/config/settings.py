@@ -44,7 +44,10 @@ class HostPathPool:
 
 @dataclass(frozen=True)
 class NfsPool:
-    """A directory of an NFS server. `server` is a host name, an IPv4 address or an [IPv6] address; `path` is the server's."""
+    """A directory of an NFS server. `server` is a host name, an IPv4 address or an [IPv6] address; `path` is the server's.
+
+    `data` is that directory as the controller's own machine has it, where it is the server's; None: it is not.
+    """
 
     name: str
     server: str
@@ -52,6 +55,7 @@ class NfsPool:
     options: tuple[str, ...] = ()
     inline: bool = False
     budget: Budget = Budget()
+    data: Path | None = None
 
 
 Pool = HostPathPool | NfsPool

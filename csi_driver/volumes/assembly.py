@@ -141,7 +141,7 @@ def assemble(installation: Installation) -> Domain:
     provisioner = Provisioner(pools, locks, jobs, contents, sources, volume_removal, verifier, promises, limits)
     snapshots = Snapshots(pools, locks, jobs, contents, sources, snapshot_removal, verifier)
     groups = Groups(pools, locks, jobs, snapshots, sources, snapshot_removal)
-    health = Health(pools, promises)
+    health = Health(pools, promises, limits)
     state = NodeState(installation.state_directory, installation.driver)
     placements = Placements(pools, installation.node_id)
     images = ImageStaging(pools, state, jobs, installation.node_id, boot_id())
@@ -169,5 +169,5 @@ def assemble(installation: Installation) -> Domain:
     )
     # A node alone does not sweep what lies behind a server: there the controller does.
     swept = {name: store for name, store in stores.items() if controller or not store.backend.remote}
-    sweeper = Sweeper(Pools(swept, None), locks, volume_removal, snapshot_removal, groups, trash_filled)
+    sweeper = Sweeper(Pools(swept, None), locks, volume_removal, snapshot_removal, groups, limits, trash_filled)
     return Domain(services, pools, jobs, sweeper, state, provisioner, verifier, promises)

@@ -132,7 +132,7 @@ def _copy(store: PoolStore, source: int, target: int, job: JobControl) -> CopyRe
             target,
             progress=job.progress,
             should_stop=job.should_stop,
-            workers=REMOTE_WORKERS if store.backend.remote else LOCAL_WORKERS,
+            workers=LOCAL_WORKERS if store.backend.data_is_here else REMOTE_WORKERS,
         )
     except PermissionError as error:
         raise FailedPrecondition(

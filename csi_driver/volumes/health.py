@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from csi_driver.errors import NotFound, RecordDamaged, TatamiError, Unavailable, quoted
 from csi_driver.volumes.images import look_at_image
+from csi_driver.volumes.limits import Limits
 from csi_driver.volumes.model import HealthEntry, HealthLevel, Layout, Page, Phase, VolumeHealth, VolumeRecord
 from csi_driver.volumes.paging import take_page
 from csi_driver.volumes.pools import Pools, PoolStore
@@ -15,9 +16,10 @@ _FULL_PERCENT = 98
 class Health:
     """The HealthService (services.py)."""
 
-    def __init__(self, pools: Pools, promises: Promises) -> None:
+    def __init__(self, pools: Pools, promises: Promises, limits: Limits) -> None:
         self._pools = pools
         self._promises = promises
+        self._limits = limits
 
     # --- volumes ------------------------------------------------------------------------------------------------------------------
 
@@ -36,7 +38,7 @@ class Health:
             return VolumeHealth(handle, (_damaged(damage), *unreachable))
         if record is None or record.phase is not Phase.READY:
             raise NotFound(f"volume {quoted(handle)} does not exist")
-        return VolumeHealth(handle, (*volume_problems(store, record), *unreachable))
+        return VolumeHealth(handle, (*volume_problems(store, record, self._limits), *unreachable))
 
     def list(self, page: Page) -> tuple[Sequence[VolumeHealth], str]:
         """Return one page of the volumes that are not well, and the token of the next."""
@@ -52,7 +54,7 @@ class Health:
                     continue
                 if record is None or record.phase is not Phase.READY or record.ephemeral:
                     continue
-                if entries := (*volume_problems(store, record), *common):
+                if entries := (*volume_problems(store, record, self._limits), *common):
                     yield record_id, VolumeHealth(handle, entries)
 
         entries, token = take_page(self._pools, page, lambda store: store.volumes.ids(), read, lambda entry: entry[0])
@@ -62,7 +64,11 @@ class Health:
 
     def storage(self) -> Sequence[HealthEntry]:
         """Say what is wrong with the pools as this process reaches them."""
-        return [entry for store in self._pools for entry in (*pool_problems(store), *promise_problems(self._promises, store))]
+        return [
+            entry
+            for store in self._pools
+            for entry in (*pool_problems(store), *promise_problems(self._promises, self._limits, store))
+        ]
 
     def ready(self) -> str | None:
         """Return None where every pool can be served, else the first reason why not.
@@ -78,13 +84,14 @@ class Health:
         return None
 
 
-def volume_problems(store: PoolStore, record: VolumeRecord) -> list[HealthEntry]:
+def volume_problems(store: PoolStore, record: VolumeRecord, limits: Limits) -> list[HealthEntry]:
     """Look at the volume's directory."""
     try:
         with store.open_volume(record.directory) as top:
             if record.form.layout is Layout.IMAGE:
                 look_at_image(top)
-            return []
+        lapse = limits.lapse(store, record)
+        return [HealthEntry(HealthLevel.DEGRADED, "LimitOff", lapse)] if lapse else []
     except FileNotFoundError:
         message = f"the image of volume {record.handle} is missing from {record.directory} of pool {store.name}"
         return [HealthEntry(HealthLevel.DATA_LOSS, "ImageMissing", message)]
@@ -131,18 +138,22 @@ def pool_problems(store: PoolStore) -> list[HealthEntry]:
     return problems
 
 
-def promise_problems(promises: Promises, store: PoolStore) -> list[HealthEntry]:
-    """Look at what a pool of this machine has promised."""
-    if store.backend.remote:
+def promise_problems(promises: Promises, limits: Limits, store: PoolStore) -> list[HealthEntry]:
+    """Look at what a pool of this machine has promised, and by what it keeps that."""
+    if not store.backend.data_is_here:
         return []  # every node asks: all of them would list a server's records again and again
     try:
         room = promises.room(store)
+        off = room.limiters - {limits.kind_now(store)} if room.limiters else frozenset()
     except (TatamiError, OSError):
         return []  # that it cannot be reached is said already
     problems = []
     if room.promised_bytes > room.most_bytes:
         message = f"pool {store.name} has promised {room.promised_bytes} of {room.most_bytes} bytes: it makes no more volumes"
         problems.append(HealthEntry(HealthLevel.DEGRADED, "PoolOverpromised", message))
+    if off:
+        message = f"pool {store.name}: quotas are off ({', '.join(sorted(off))}): volumes can outgrow their size until they are on again"
+        problems.append(HealthEntry(HealthLevel.DEGRADED, "LimitsOff", message))
     if room.unknown_records:
         message = (
             f"pool {store.name}: {room.unknown_records} volume record(s) cannot be read; what they promised is not counted"

@@ -17,6 +17,8 @@ HARD = "hard"
 NONE = "none"
 OWNERS = "owners of files who change their project id, which nobody can in a user namespace"
 PRIVILEGED = "processes with CAP_SYS_RESOURCE"
+NFS_ROOT = "root of clients where the export has `no_root_squash`"
+"""nfsd gives CAP_SYS_RESOURCE to what root does and takes it from everybody else (nfsd_setuser; CAP_NFSD_SET)."""
 SUBVOLUMES = "processes that make btrfs subvolumes of their own in it"
 
 _NOT_BTRFS = frozenset({errno.ENOTTY, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
@@ -38,6 +40,9 @@ class Limiter(Protocol):
 
     def usage(self, top: int, mark: int) -> tuple[int, int | None] | None:
         """Return the bytes and, where they are counted, the inodes of a volume; None where the count is wrong. Raises OSError."""
+
+    def limited_to(self, top: int, mark: int) -> int | None:
+        """Return the bytes that a volume is held to now; None where its quota is off, or its limit lost. Raises OSError."""
 
     def release(self, root: int, mark: int) -> None:
         """Let go of the mark of a volume that is about to be removed; `root` is the pool's. Raises OSError."""
@@ -63,6 +68,9 @@ class ProjectLimiter:
         found = quota.read_quota(top, mark)
         return found.used_bytes, found.used_inodes
 
+    def limited_to(self, top: int, mark: int) -> int | None:
+        return quota.read_quota(top, mark).limit_bytes or None if quota.enforced(top) else None
+
     def release(self, root: int, mark: int) -> None:
         quota.set_limits(root, mark, 0, 0)
 
@@ -86,6 +94,10 @@ class QgroupLimiter:
     def usage(self, top: int, mark: int) -> tuple[int, int | None] | None:
         state, found = btrfs_qgroups.quota_state(top), btrfs_qgroups.read_qgroup(top, mark)
         return (found.used_bytes, None) if state is not None and state.trustworthy and found is not None else None
+
+    def limited_to(self, top: int, mark: int) -> int | None:
+        state, found = btrfs_qgroups.quota_state(top), btrfs_qgroups.read_qgroup(top, mark)
+        return found.limit_bytes or None if state is not None and not state.simple and found is not None else None
 
     def release(self, root: int, mark: int) -> None:
         """Do nothing."""
@@ -111,16 +123,19 @@ def switched_on(descriptor: int) -> Limiter | None:
     return PROJECT_LIMITER if project_limits.is_on(descriptor) else None
 
 
-def find_means(directory: int, ids: ProjectIds) -> Means:
+def find_means(directory: int, ids: ProjectIds, *, over_nfs: bool = False) -> Means:
     """Find out by trying what can hold volumes that are made in `directory`.
 
+    `over_nfs`: only NFS clients come to them, who can neither change project ids nor make subvolumes (there is no ioctl in NFS).
     Raises OSError where it cannot be found out now (ENOSPC, EROFS, EIO).
     """
     if (qgroups := _qgroups(directory)) is not None:
-        return qgroups
+        return Means(qgroups.limiter, HARD) if qgroups.limiter is not None and over_nfs else qgroups
     finding = project_limits.probe(directory, f"probe.{new_token()}", ids)
     if finding.problem is not None:
         return Means(None, f"{NONE}: {finding.problem}")
+    if over_nfs:
+        return Means(PROJECT_LIMITER, HARD if finding.binds_privileged else f"{HARD} but for {NFS_ROOT}")
     passers = OWNERS if finding.binds_privileged else f"{PRIVILEGED}, and {OWNERS}"
     return Means(PROJECT_LIMITER, f"{HARD} but for {passers}")
 

@@ -3,11 +3,12 @@
 What a pool can is found out by trying (limiters.py), when it is first asked for and again when quotas are switched on or off.
 """
 
+import errno
 import hashlib
 import logging
 import threading
 
-from csi_driver.errors import FailedPrecondition, ResourceExhausted
+from csi_driver.errors import FailedPrecondition, NotFound, ResourceExhausted
 from csi_driver.linux.project_limits import ProjectIds
 from csi_driver.volumes.limiters import HARD, LIMITERS, NONE, SWITCHED_OFF, Limiter, Means, find_means, switched_on
 from csi_driver.volumes.model import (
@@ -17,6 +18,7 @@ from csi_driver.volumes.model import (
     Limit,
     LimiterKind,
     LimitPolicy,
+    Phase,
     Usage,
     UsageSource,
     VolumeRecord,
@@ -85,19 +87,22 @@ class Limits:
         self._guard = threading.Lock()
         self._known: dict[str, Means] = {}
         self._ids: dict[str, ProjectIds] = {}
+        self._renewed: dict[str, LimiterKind | None] = {}
 
     # --- before there is a volume -------------------------------------------------------------------------------------------------
 
     def means_of(self, store: PoolStore) -> Means:
         """Say what new volumes of a pool can be held with. Raises OSError where that cannot be found out now (ENOSPC), Unavailable."""
-        if store.backend.remote:
-            return Means(None, f"{NONE}: over NFS nobody can set a quota")
+        if not store.backend.data_is_here:
+            return Means(
+                None, f"{NONE}: over NFS nobody can set a quota (the pool's `data` says where it lies beside the controller)"
+            )
         with self._guard:
             known = self._known.get(store.name)
         with store.open(STAGING) as staging:
             if known is not None and known.limiter is switched_on(staging):
                 return known
-            found = find_means(staging, self._ids_of(store))
+            found = find_means(staging, self._ids_of(store), over_nfs=store.backend.remote)
         with self._guard:
             self._known[store.name] = found
         _log.info("what holds volumes to their size", extra={"pool": store.name, "limit": found.level})
@@ -147,6 +152,63 @@ class Limits:
                     f"({error.strerror}): switch it on again"
                 ) from error
 
+    def lapse(self, store: PoolStore, record: VolumeRecord) -> str | None:
+        """Say why a volume is not held to its size, although it was made so; None where it is, or nobody may ask.
+
+        Raises NotFound, Unavailable, OSError.
+        """
+        held = _held(record)
+        if held is None or not store.backend.data_is_here:
+            return None
+        limiter, mark = held
+        with store.open_volume(record.directory) as top:
+            try:
+                if limiter.limited_to(top, mark) is not None:
+                    return None
+                lost = switched_on(top) is limiter
+            except OSError as error:
+                if error.errno == errno.EPERM:
+                    return None
+                if error.errno not in SWITCHED_OFF:
+                    raise
+                lost = False
+        if lost:
+            return (
+                f"volume {record.handle} lost its limit when quotas were switched off; the controller sets it again by itself"
+            )
+        return (
+            f"quotas are off in pool {store.name}: {limiter.kind} holds volume {record.handle} no longer; switch them on again"
+        )
+
+    def kind_now(self, store: PoolStore) -> LimiterKind | None:
+        """Ask the kernel by what a pool's volumes can be held now; None: by nothing. Raises Unavailable, OSError."""
+        if not store.backend.data_is_here:
+            return None
+        with store.open(STAGING) as staging:
+            limiter = switched_on(staging)
+        return None if limiter is None else limiter.kind
+
+    def lost(self, store: PoolStore) -> list[str]:
+        """List, by id, the volumes whose limits were lost when quotas were switched off and on again: btrfs forgets them.
+
+        All go at once, so while quotas are on as before one volume is asked for all. Raises Unavailable, OSError.
+        """
+        now, before = self.kind_now(store), self._renewed.get(store.name)
+        self._renewed[store.name] = now
+        if now is None:
+            return []
+        held = (record for record in store.volumes.readable() if _is_held_by(record, now))
+        first = next(held, None)
+        if first is None or (now is before and not self._has_lost(store, first)):
+            return []
+        return [record.id for record in (first, *held) if self._has_lost(store, record)]
+
+    def _has_lost(self, store: PoolStore, record: VolumeRecord) -> bool:
+        try:
+            return self.lapse(store, record) is not None
+        except (NotFound, OSError):  # a missing directory is health's to tell
+            return False
+
     def release(self, store: PoolStore, record: VolumeRecord) -> None:
         """Let go of what holds a volume, before its data is removed. A limit that cannot be lifted keeps nobody from deleting."""
         held = _held(record)
@@ -162,7 +224,7 @@ class Limits:
     def stats(self, store: PoolStore, record: VolumeRecord) -> VolumeStats | None:
         """Return a volume's usage as its quota counts it; None where none does, or not rightly. Raises NotFound, Unavailable."""
         held = _held(record)
-        if held is None or store.backend.remote:
+        if held is None or not store.backend.data_is_here:
             return None
         limiter, mark = held
         with store.open_volume(record.directory) as top:
@@ -192,6 +254,11 @@ def _held(record: VolumeRecord) -> tuple[Limiter, int] | None:
     if record.limit is None or record.limit.mark is None:
         return None
     return LIMITERS[record.limit.limiter], record.limit.mark
+
+
+def _is_held_by(record: VolumeRecord, kind: LimiterKind) -> bool:
+    held = _held(record)
+    return record.phase is Phase.READY and held is not None and held[0].kind is kind
 
 
 def _lack(pool: str, means: Means, inodes: int | None) -> str | None:

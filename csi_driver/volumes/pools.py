@@ -277,7 +277,7 @@ class PoolStore:
         with self.open(STAGING) as staging:
             for name in os.listdir(staging):
                 if name.startswith(record_id + "."):
-                    if not self.backend.remote:
+                    if self.backend.data_is_here:
                         lift_limit(staging, name)
                     self._discard(staging, name, record_id)
 

@@ -58,6 +58,8 @@ class Room:
     free_bytes: int
     reserve_bytes: int
     unknown_records: int = 0
+    limiters: frozenset[str] = frozenset()
+    """What its volumes are held to their sizes by, as their records say."""
 
     @property
     def most_bytes(self) -> int:
@@ -134,6 +136,7 @@ class _Promise:
     size_bytes: int | None
     directory: str = ""
     token: str = ""
+    limiter: str | None = None
 
 
 class _Ledger:
@@ -152,6 +155,7 @@ class _Ledger:
         self.promised = 0
         self._kept = 0
         self._unknown = 0
+        self._limiters: frozenset[str] = frozenset()
 
     @contextmanager
     def alone(self, seconds: float) -> Iterator[None]:
@@ -168,7 +172,9 @@ class _Ledger:
         reserve = budget.reserve_of(space.total_bytes)
         most = max(0, space.total_bytes - reserve)
         size = most if budget.size_bytes is None else min(budget.size_bytes, most)
-        return Room(size, budget.overcommit, self.promised, self._kept, space.available_bytes, reserve, self._unknown)
+        return Room(
+            size, budget.overcommit, self.promised, self._kept, space.available_bytes, reserve, self._unknown, self._limiters
+        )
 
     def is_recent(self) -> bool:
         return time.monotonic() - self._looked < _TRUSTED_SECONDS
@@ -209,6 +215,7 @@ class _Ledger:
             index.look(thorough=thorough)
         volumes = self._volumes.values().values()
         self._unknown = sum(promise.size_bytes is None for promise in volumes)
+        self._limiters = frozenset(promise.limiter for promise in volumes if promise.limiter)
         self._kept = self._measure_kept({promise.directory for promise in volumes})
         self.promised = sum(promise.size_bytes or 0 for promise in volumes) + self._kept
         self._looked = time.monotonic()
@@ -238,12 +245,18 @@ def _read_promise(folder: int, name: str) -> _Promise:
         body = json.loads(files.read_bounded(folder, name, MAX_RECORD_BYTES))
         size, directory, token = body["capacity_bytes"], body["directory"], body["token"]
         if type(size) is int and size >= 0 and isinstance(directory, str) and isinstance(token, str):
-            return _Promise(size, directory, token)
+            return _Promise(size, directory, token, _limiter_of(body))
     except FileNotFoundError:
         raise
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         _log.warning("what a volume was promised cannot be read", extra={"record": name, "error": str(error)})
     return _Promise(None)
+
+
+def _limiter_of(body: dict[str, object]) -> str | None:
+    limit = body.get("limit")
+    limiter = limit.get("limiter") if isinstance(limit, dict) and limit.get("mark") is not None else None
+    return limiter if isinstance(limiter, str) else None
 
 
 def _refusal(store: PoolStore, room: Room, more_bytes: int) -> str:

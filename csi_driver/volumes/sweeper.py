@@ -17,6 +17,7 @@ from csi_driver.errors import OperationPending, TatamiError
 from csi_driver.linux import files
 from csi_driver.volumes.groups import Groups
 from csi_driver.volumes.handles import GROUP, ID_PATTERN, VOLUME
+from csi_driver.volumes.limits import Limits
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import GroupRecord, Phase, SnapshotRecord, VolumeRecord
 from csi_driver.volumes.pools import GROUPS, MANIFESTS, SNAPSHOTS, STAGING, VOLUMES, Pools, PoolStore
@@ -53,6 +54,7 @@ class Sweeper:
         volumes: VolumeRemoval,
         snapshots: SnapshotRemoval,
         groups: Groups,
+        limits: Limits,
         trash_filled: threading.Event,
     ) -> None:
         self._pools = pools
@@ -60,6 +62,7 @@ class Sweeper:
         self._volumes = volumes
         self._snapshots = snapshots
         self._groups = groups
+        self._limits = limits
         self._wake = trash_filled
         self._stop = threading.Event()
         self._reaper = Reaper(self._stop.is_set)
@@ -135,6 +138,7 @@ class Sweeper:
         self._sweep_staging(store, report, stale)
         self._complete_deletions(store, report, stale)
         self._complete(store, report, stale)
+        self._renew_limits(store, report)
         for folder in (VOLUMES, SNAPSHOTS, GROUPS, MANIFESTS):
             with store.open(folder) as opened:
                 files.remove_leftover_temporaries(opened, _TEMPORARY_SECONDS)
@@ -190,6 +194,15 @@ class Sweeper:
                 if found is not None and (found.phase, found.token) == (snapshot.phase, snapshot.token):
                     self._snapshots.remove(store, found)
                     _count(report, snapshot.phase)
+
+    def _renew_limits(self, store: PoolStore, report: SweepReport) -> None:
+        """Hold volumes again whose limits went when quotas were switched off."""
+        for record_id in self._limits.lost(store):
+            with self._one(store, report), self._hold(store, record_id):
+                current = store.volumes.get(record_id)
+                if current is not None and current.phase is Phase.READY:
+                    self._limits.change(store, current, current.capacity_bytes)
+                    _log.info("a volume is held to its size again", extra={"volume": current.handle})
 
     @contextmanager
     def _one(self, store: PoolStore, report: SweepReport) -> Iterator[None]:

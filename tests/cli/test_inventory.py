@@ -96,6 +96,13 @@ def rows(text):
 # --- list and show ----------------------------------------------------------------------------------------------------------------
 
 
+def test_a_volume_is_shown_with_what_its_pv_says_of_its_limit(site):
+    context = dict(site.client.call("CreateVolume", create_volume("held")).volume.volume_context)
+    (shown,) = [volume for volume in site.json("volumes", "list") if volume["name"] == "held"]
+    assert (shown["limiter"], shown["limit"]) == (context["limiter"], context["limit"])
+    assert context["limit"] in site.run("volumes", "show", shown["handle"]).stdout
+
+
 def test_volumes_are_listed_with_what_matters_of_them(site):
     restored = site.create("pvc-2", snapshot=site.snapshot)
     publish = csi.ControllerPublishVolumeRequest(

@@ -179,6 +179,19 @@ def test_each_pool_of_a_node_is_the_same_path_inside_and_outside(everything):
     assert all(outside[name] == path for name, path in inside.items())
 
 
+def test_the_data_of_a_pool_is_the_same_path_in_the_controller_which_may_do_there_what_a_server_does(objects):
+    data = ["--set=nfs.pools.fast.data=/srv/tatami", "--set=nfs.controller.nodeSelector.kubernetes\\.io/hostname=nas"]
+    found = objects(*NFS, *data)
+    pod = named(found, "Deployment", "tatami-nfs-controller")["spec"]["template"]["spec"]
+    assert pod["nodeSelector"]["kubernetes.io/hostname"] == "nas"
+    assert {"name": "pool-fast", "hostPath": {"path": "/srv/tatami", "type": "Directory"}} in pod["volumes"]
+    driver = driver_of(found, "tatami-nfs-controller")
+    assert {m["name"]: m["mountPath"] for m in driver["volumeMounts"]}["pool-fast"] == "/srv/tatami"
+    assert {"SYS_ADMIN", "CHOWN", "SYS_RESOURCE"} < set(driver["securityContext"]["capabilities"]["add"])
+    settings = parse_settings(named(found, "ConfigMap", "tatami-nfs")["data"]["pools.toml"].encode(), "pools.toml")
+    assert str(settings.pools["fast"].data) == "/srv/tatami"
+
+
 def test_the_csidrivers_say_what_the_driver_does(everything):
     specs = {driver["metadata"]["name"]: driver["spec"] for driver in of_kind(everything, "CSIDriver")}
     for spec in specs.values():
@@ -367,3 +380,10 @@ def test_a_wrong_value_is_refused_by_name(chart, option, said):
 def test_two_default_classes_are_refused(chart):
     with pytest.raises(RuntimeError, match="several: tatami, tatami-nfs"):
         chart.template(*NFS, "--set=nfs.storageClasses[0].name=tatami-nfs", "--set=nfs.storageClasses[0].default=true")
+
+
+def test_data_of_a_pool_without_a_place_for_the_controller_is_refused(chart):
+    with pytest.raises(RuntimeError, match=r"nfs\.controller\.nodeSelector"):
+        chart.template(*NFS, "--set=nfs.pools.fast.data=/srv/tatami")
+    with pytest.raises(RuntimeError, match="data"):
+        chart.template(*NFS, "--set=nfs.pools.fast.data=relative", "--set=nfs.controller.nodeSelector.a=b")

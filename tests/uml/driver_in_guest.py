@@ -46,6 +46,7 @@ class Pool:
     options: tuple[str, ...] = ("vers=4.2",)
     inline: bool = False
     size: str = ""
+    data: str = ""
 
     def text(self) -> str:
         """Say it as pools.toml does."""
@@ -53,7 +54,7 @@ class Pool:
         return (
             f'[pools.{self.name}]\nserver = "{self.server}"\npath = "{self.path}"\noptions = [{options}]\n'
             f"inline = {str(self.inline).lower()}\n" + (f'size = "{self.size}"\n' if self.size else "")
-        )
+        ) + (f'data = "{self.data}"\n' if self.data else "")
 
 
 def pool_of(server: KernelNfsServer, path: str | os.PathLike[str], name: str = "default", *options: str) -> Pool:
@@ -237,13 +238,23 @@ class Cluster:
     """A controller, nodes, and the objects that Kubernetes would keep. Pools can be changed by `configure`."""
 
     def __init__(
-        self, network: Network, pools: Iterable[Pool], *, nodes: int = 2, driver_options: str = "", v3: bool = False
+        self,
+        network: Network,
+        pools: Iterable[Pool],
+        *,
+        nodes: int = 2,
+        driver_options: str = "",
+        v3: bool = False,
+        controller_at: Node | None = None,
     ) -> None:
+        """Make the nodes; `controller_at`: a node that is there already (a server's), and stays."""
         self._directory = pathlib.Path(tempfile.mkdtemp(prefix="cluster-", dir="/tmp"))
         self._options = driver_options
         self.config = self._directory / "pools.toml"
         self.configure(pools)
-        self._made = [network.node("controller"), *(network.node("worker") for _ in range(nodes))]
+        controller = controller_at or network.node("controller")
+        self._made = [controller, *(network.node("worker") for _ in range(nodes))]
+        self._lent = controller_at
         if v3:
             for node in self._made:
                 node.start_statd()
@@ -280,7 +291,8 @@ class Cluster:
         for driver in self.drivers:
             driver.close()
         for node in reversed(self._made):
-            node.close()
+            if node is not self._lent:
+                node.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def __enter__(self) -> Self:

@@ -78,13 +78,21 @@ def test_every_hostpath_key_reaches_the_settings(tmp_path):
 def test_every_nfs_key_reaches_the_settings():
     found = settings(
         NFS + '[pools.a]\nserver = "nas.example.org"\npath = "/"\noptions = ["vers=4.2", "hard"]\ninline = true\n'
-        '[pools.b]\nserver = "[fd00::1]"\npath = "/export/b"\n'
+        '[pools.b]\nserver = "[fd00::1]"\npath = "/export/b"\ndata = "/srv/b/"\n'
     )
     assert found.name == "nfs.csi.tatami.dev"
     assert dict(found.pools) == {
         "a": NfsPool("a", "nas.example.org", Path("/"), ("vers=4.2", "hard"), inline=True),
-        "b": NfsPool("b", "[fd00::1]", Path("/export/b")),
+        "b": NfsPool("b", "[fd00::1]", Path("/export/b"), data=Path("/srv/b")),
     }
+
+
+@pytest.mark.parametrize("other", ["/srv/a", "/srv/a/below", "/srv"])
+def test_no_two_pools_have_one_directory_as_their_data(other):
+    both = '[pools.a]\nserver = "one"\npath = "/x"\ndata = "/srv/a"\n[pools.b]\nserver = "two"\npath = "/y"\ndata = "{}"\n'
+    with pytest.raises(ConfigError, match=r"\[pools.b\] data = .*as it is of \[pools.a\]"):
+        settings(NFS + both.format(other))
+    assert settings(NFS + both.format("/srv/ab")).pools["b"].data == Path("/srv/ab")
 
 
 GIB = 1024**3
@@ -267,7 +275,7 @@ DRIVER_KEYS = "backend, name, default_pool, max_volumes_per_node"
         ),
         (
             NFS + "[pools.fast]\nserver = 'a'\npath = '/x'\nshared = true",
-            "pools.toml: [pools.fast] shared = true: unknown key; allowed: server, path, options, inline, size, overcommit, reserve",
+            "pools.toml: [pools.fast] shared = true: unknown key; allowed: server, path, options, inline, data, size, overcommit, reserve",
         ),
         (
             NFS + "[pools.a]\nserver = 'NAS'\npath = '/x'\n[pools.b]\nserver = 'nas'\npath = '/x/y'",

@@ -15,6 +15,7 @@ from csi_driver.volumes.model import (
     ContentSource,
     CreateVolume,
     Layout,
+    LimitPolicy,
     Volume,
 )
 
@@ -37,10 +38,11 @@ def make_image(
     size: int = 0,
     source: ContentSource | None = None,
     limit: int = 0,
+    limit_policy: LimitPolicy = LimitPolicy.PREFERRED,
     **parameters,
 ) -> Volume:
     size = size or LEAST.get(capability.fs_type, 16 * MIB)
-    parameters = {"layout": Layout.IMAGE, **parameters}
+    parameters = {"layout": Layout.IMAGE, "limit": limit_policy, **parameters}
     request = CreateVolume(name, CapacityRange(size, limit), (capability,), ClassParameters(**parameters), source)
     return bench.volumes.create(request, time.monotonic() + 60)
 

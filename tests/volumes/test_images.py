@@ -2,6 +2,8 @@
 
 import os
 import subprocess
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,15 @@ from csi_driver.errors import (
 )
 from csi_driver.linux import mountinfo
 from csi_driver.linux.mountinfo import topmost_mount_at
-from csi_driver.volumes.model import AccessMode, AccessType, Capability, ClassParameters, Layout, Ownership
+from csi_driver.volumes.model import (
+    AccessMode,
+    AccessType,
+    Capability,
+    ClassParameters,
+    Layout,
+    LimitPolicy,
+    Ownership,
+)
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_mounts")]
 KINDS = ("ext4", "xfs")
@@ -300,3 +310,48 @@ def test_flags_of_the_mount_are_honoured_and_others_refused(bench):
     assert {"noexec", "noatime"} <= mounted.options
     with pytest.raises(InvalidArgument, match="data"):
         bench.stage(handle, filesystem("ext4", AccessMode.SINGLE_NODE_MULTI_WRITER, "data=writeback"))
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_quotas(tmp_path, make_disk):
+    """A bench whose pool can hold no directory to a size."""
+    (tmp_path / "bare").mkdir()
+    found = make_bench(tmp_path / "bare", (HostPathPool("default", make_disk("bare", size="512M") / "pool"),))
+    with pytest.raises(ResourceExhausted, match="limit: required"):
+        found.volumes.create(replace(found.request("d", MIB), parameters=REQUIRED), time.monotonic() + 60)
+    return found
+
+
+REQUIRED = ClassParameters(limit=LimitPolicy.REQUIRED)
+
+
+@pytest.mark.parametrize("capability", [filesystem("ext4"), filesystem("xfs"), block()], ids=["ext4", "xfs", "block"])
+def test_a_required_limit_is_had_by_an_image_on_a_pool_that_has_no_quotas(without_quotas, capability):
+    volume = make_image(without_quotas, "v", capability, limit_policy=LimitPolicy.REQUIRED)
+    assert (volume.context["limiter"], volume.context["limit"]) == ("image", "hard")
+    assert volume.record.limit.mark is None
+    assert without_quotas.health.volume(volume.record.handle).entries == ()
+
+
+def test_capacity_of_a_required_limit_is_none_for_directories_and_the_pools_for_images(without_quotas):
+    def available(layout, *capabilities, **parameters):
+        asked = replace(REQUIRED, layout=layout, **parameters)
+        return without_quotas.domain.services.capacity.available(asked, capabilities, None).available_bytes
+
+    assert available(Layout.DIRECTORY) == available(None, mount_capability()) == 0
+    free = available(Layout.IMAGE)
+    assert free > 500 * MIB
+    assert available(Layout.IMAGE, filesystem("xfs")) == available(None, block()) == free
+    assert available(Layout.IMAGE, inodes=100) == 0
+
+
+def test_an_image_counts_no_files_and_says_so_or_is_refused(without_quotas):
+    with pytest.raises(ResourceExhausted, match="not the number of files"):
+        make_image(without_quotas, "v", filesystem(), limit_policy=LimitPolicy.REQUIRED, inodes=100)
+    without_quotas.sweep()
+    assert without_quotas.leftovers() == []
+    volume = make_image(without_quotas, "v", filesystem(), inodes=100)
+    assert volume.context["limit"] == "hard; the number of files is not limited"

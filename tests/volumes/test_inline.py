@@ -42,6 +42,15 @@ def test_an_inline_volume_is_made_for_its_pod_and_gone_with_it(bench):
     bench.node.unpublish("csi-1", str(target))
 
 
+def test_an_inline_volume_that_nothing_holds_to_its_size_says_so_in_its_record(bench):
+    target = publish(bench, size="1Mi")
+    (target / "more").write_bytes(bytes(2 * MIB))
+    (record,) = records(bench)
+    assert record.limit.limiter == "none"
+    assert record.limit.level.startswith("none: ")
+    assert bench.volumes.show(bench.pool(), record).context["limit"] == record.limit.level
+
+
 def test_publishing_twice_keeps_what_the_pod_has_written(bench):
     target = publish(bench)
     (target / "written").write_text("x")

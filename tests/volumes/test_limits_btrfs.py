@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from bench import until
 from limit_stories import *  # noqa: F403 - the tests that every limiter has to pass
-from limit_stories import SIZE, Held, bench_on, du, stops_at, write
+from limit_stories import SIZE, Held, bench_on, complaints, du, stops_at, write
 
 from csi_driver.errors import FailedPrecondition
 from csi_driver.linux import btrfs_qgroups
@@ -63,6 +63,28 @@ def test_quotas_that_were_switched_off_are_missed_by_an_expansion_and_by_nobody_
     assert held.create("other").context["limiter"] == "none"
     held.bench.node.unstage(volume.record.handle, held.bench.staging_of(volume.record.handle))
     held.bench.volumes.delete(volume.record.handle)
+
+
+def test_health_says_that_quotas_are_off_until_they_are_on_and_the_volumes_held_again(held):
+    volume, free = held.create("v"), held.bench
+    assert complaints(held, volume) == []
+    switch_off(held.disk)
+    assert complaints(held, volume) == ["LimitOff", "LimitsOff"]
+    assert write(free.path(volume), uid=1000, most=SIZE // 2) == (SIZE // 2, "-")
+    switch_on(held.disk)  # without the limits: btrfs forgets them
+    assert complaints(held, volume) == ["LimitOff"]
+    free.sweep()
+    assert complaints(held, volume) == []
+    stops_at(write(free.path(volume), name="more", uid=1000), SIZE // 2)
+
+
+def test_limits_that_were_lost_between_two_sweeps_are_set_again(held):
+    volume = held.create("v")
+    held.bench.sweep()
+    switch_off(held.disk)
+    switch_on(held.disk)
+    held.bench.sweep()
+    assert held.held_to(volume)[0] == SIZE
 
 
 def test_quotas_that_are_switched_on_later_hold_the_volumes_from_then_on(tmp_path, make_disk):

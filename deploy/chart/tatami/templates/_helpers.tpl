@@ -29,6 +29,11 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- if .Values.nfs.pools }}true{{ end -}}
 {{- end -}}
 
+{{/* Whether a pool's data is to be found on the controller's machine. */}}
+{{- define "tatami.nfs.data" -}}
+{{- range .Values.nfs.pools }}{{ if .data }}true{{ end }}{{ end -}}
+{{- end -}}
+
 {{- define "tatami.snapshots" -}}
 {{- if or (eq .Values.snapshots "always") (and (eq .Values.snapshots "auto") (.Capabilities.APIVersions.Has "snapshot.storage.k8s.io/v1")) }}true{{ end -}}
 {{- end -}}
@@ -177,6 +182,9 @@ checksum/pools: {{ .config | sha256sum }}
 {{- range .Values.hostpath.storageClasses }}{{ if .default }}{{ $defaults = append $defaults .name }}{{ end }}{{ end -}}
 {{- end -}}
 {{- if include "tatami.nfs.enabled" . -}}
+{{- if and (include "tatami.nfs.data" .) (not (or .Values.nfs.controller.nodeSelector .Values.nfs.controller.affinity)) -}}
+{{ fail "nfs.pools: a pool has `data`, so the controller has to run on the server's machine: say so in nfs.controller.nodeSelector" }}
+{{- end -}}
 {{- range .Values.nfs.storageClasses }}{{ if .default }}{{ $defaults = append $defaults .name }}{{ end }}{{ end -}}
 {{- end -}}
 {{- if gt (len $defaults) 1 }}{{ fail (printf "storageClasses: a cluster has one default class, and here are several: %s" (join ", " $defaults)) }}{{ end -}}

@@ -8,7 +8,7 @@ import time
 import pytest
 from bench import MIB
 from limit_stories import *  # noqa: F403 - the tests that every limiter has to pass
-from limit_stories import SIZE, Held, bench_on, du, limits_at, marks_in_use, wait_for, write
+from limit_stories import SIZE, Held, bench_on, complaints, du, limits_at, marks_in_use, stops_at, wait_for, write
 
 from csi_driver.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from csi_driver.linux import project_limits, quota
@@ -206,6 +206,26 @@ def test_quotas_that_were_switched_off_are_missed_by_an_expansion_and_by_nobody_
     held.bench.node.unstage(volume.record.handle, held.bench.staging_of(volume.record.handle))
     held.bench.volumes.delete(volume.record.handle)
     held.bench.sweep()
+
+
+def test_health_says_that_quotas_are_off_until_they_are_on_again(held):
+    volume = held.create("v")
+    assert complaints(held, volume) == []
+    kind = switch_off(held.disk)
+    assert complaints(held, volume) == ["LimitOff", "LimitsOff"]
+    switch_on(held.disk, kind)
+    assert complaints(held, volume) == []
+    stops_at(write(held.bench.path(volume), uid=1000), SIZE)
+
+
+def switch_on(disk, kind):
+    if kind == "ext4":
+        subprocess.run(["quotaon", "-P", disk], check=True)
+        return
+    source = subprocess.run(["findmnt", "-no", "SOURCE", disk], check=True, capture_output=True, text=True).stdout.strip()
+    image = subprocess.run(["losetup", "-nO", "BACK-FILE", source], check=True, capture_output=True, text=True).stdout.strip()
+    subprocess.run(["umount", disk], check=True)
+    subprocess.run(["mount", "-o", "loop,prjquota", image, disk], check=True)
 
 
 def switch_off(disk):
