@@ -272,11 +272,11 @@ class PoolStore:
 
     # --- trash --------------------------------------------------------------------------------------------------------------------
 
-    def trash_staging(self, record_id: str) -> None:
-        """Move what earlier attempts at `record_id` left in staging into the trash."""
+    def trash_staging(self, record_id: str, token: str = "") -> None:
+        """Move what the attempt `token` at `record_id` left in staging into the trash, or what all of them left."""
         with self.open(STAGING) as staging:
             for name in os.listdir(staging):
-                if name.startswith(record_id + "."):
+                if name.startswith(f"{record_id}.{token}"):
                     if not self.backend.remote:
                         lift_limit(staging, name)
                     self._discard(staging, name, record_id)
