@@ -130,9 +130,9 @@ class Contents:
             with store.open_volume(record.directory) as top:
                 resize_image(top, record.capacity_bytes)
 
-    def discard(self, store: PoolStore, record_id: str, token: str = "") -> None:
-        """Throw away what is being built for `record_id`, by the try `token` or by any."""
-        store.trash_staging(record_id, token)
+    def discard(self, store: PoolStore, record_id: str) -> None:
+        """Throw away what is being built for `record_id`."""
+        store.trash_staging(record_id)
 
     # --- move into place ----------------------------------------------------------------------------------------------------------
 

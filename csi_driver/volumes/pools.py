@@ -272,11 +272,24 @@ class PoolStore:
 
     # --- trash --------------------------------------------------------------------------------------------------------------------
 
-    def trash_staging(self, record_id: str, token: str = "") -> None:
-        """Move what the attempt `token` at `record_id` left in staging into the trash, or what all of them left."""
+    def drop_empty_staging(self, record_id: str, token: str) -> None:
+        """Remove the empty directory that the attempt `token` at `record_id` left in staging; none is fine."""
+        name = f"{record_id}.{token}"
+        with self.open(STAGING) as staging:
+            if not self.backend.remote:
+                lift_limit(staging, name)
+            try:
+                os.rmdir(name, dir_fd=staging)
+            except FileNotFoundError:
+                return
+            except OSError:  # a subvolume, before Linux 4.18
+                self._discard(staging, name, record_id)
+
+    def trash_staging(self, record_id: str) -> None:
+        """Move what earlier attempts at `record_id` left in staging into the trash."""
         with self.open(STAGING) as staging:
             for name in os.listdir(staging):
-                if name.startswith(f"{record_id}.{token}"):
+                if name.startswith(record_id + "."):
                     if not self.backend.remote:
                         lift_limit(staging, name)
                     self._discard(staging, name, record_id)

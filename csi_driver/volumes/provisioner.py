@@ -231,7 +231,10 @@ class Provisioner:
             current = None  # another's, who was first
         if current is not None and self._contents.is_in_place(store, current):
             return  # only the last steps failed: a retry completes them
-        self._contents.discard(store, record.id, record.token)
+        if _is_made_at_once(record):
+            store.drop_empty_staging(record.id, record.token)
+        else:
+            self._contents.discard(store, record.id)
         if current is not None:
             self._contents.release_claim(store, current)
             store.volumes.remove(record.id)
