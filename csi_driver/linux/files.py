@@ -156,14 +156,12 @@ def make_directories_beneath(directory_fd: int, path: str, mode: int, *, exclusi
 
 
 def move_into_place(source_directory_fd: int, source_name: str, target_directory_fd: int, target_name: str) -> None:
-    """Move a directory over an empty one that the caller made by exclusive mkdir, and make both ends last.
+    """Move a directory over an empty one that the caller made by exclusive mkdir; it lasts once both ends are synced.
 
     rename(2) replaces an empty directory and no other, so what a tenant or another controller put there is safe.
     Raises OSError: ENOTEMPTY or EEXIST when it is no longer empty, ENOTDIR when it is no directory, ENOENT when the source is gone.
     """
     os.rename(_single(source_name), _single(target_name), src_dir_fd=source_directory_fd, dst_dir_fd=target_directory_fd)
-    sync_directory(target_directory_fd)
-    sync_directory(source_directory_fd)
 
 
 def _make_directory(parent_fd: int, name: str, mode: int, *, exclusive: bool) -> bool:

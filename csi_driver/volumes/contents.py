@@ -7,7 +7,7 @@ A crash in between leaves a staging directory, which the retry or the sweeper th
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -21,7 +21,7 @@ from csi_driver.volumes.captures import Captures, Hold, HoldNothing
 from csi_driver.volumes.images import AT_ONCE, forget_holder, in_use, look_at_image, make_image, resize_image
 from csi_driver.volumes.jobs import JobControl
 from csi_driver.volumes.locks import KeyedLocks
-from csi_driver.volumes.model import A_DIRECTORY, CaptureReport, Form, Layout, Ownership, SourceKind, VolumeRecord
+from csi_driver.volumes.model import A_DIRECTORY, CaptureReport, Form, Layout, Ownership, Phase, SourceKind, VolumeRecord
 from csi_driver.volumes.pools import SNAPSHOT_DATA, STAGING, PoolStore, exists_at
 from csi_driver.volumes.trash import volumes_being_deleted
 
@@ -60,7 +60,6 @@ class Contents:
 
     def make_empty(self, store: PoolStore, record: VolumeRecord, hold: Hold) -> None:
         """Make an empty directory in staging, held to its size and owned as the class asks for, or one that holds an empty image."""
-        store.trash_staging(record.id)
         with store.open(STAGING) as staging:
             name = _staging_name(record.id, record.token)
             self._captures.make_empty(store, staging, name, hold)
@@ -124,7 +123,6 @@ class Contents:
     def _dress(self, staging: int, name: str, ownership: Ownership) -> None:
         with _Descriptor(os.open(name, _DIRECTORY, dir_fd=staging)) as top:
             apply_owner_and_mode(top.fd, ownership.uid, ownership.gid, ownership.mode)
-            os.fsync(top.fd)  # its name in staging may be lost in a crash: nobody looks for it there
 
     def resize(self, store: PoolStore, record: VolumeRecord) -> None:
         """Make what holds the volume as large as its record says; a directory has no size. Raises OSError, NotFound."""
@@ -148,8 +146,13 @@ class Contents:
         except NotFound:
             return False
 
-    def place_volume(self, store: PoolStore, record: VolumeRecord) -> VolumeRecord:
+    def place_volume(
+        self, store: PoolStore, record: VolumeRecord, claim: Callable[[VolumeRecord], VolumeRecord]
+    ) -> VolumeRecord:
         """Move built content to the volume's directory, which must not exist. Returns the record as it now is.
+
+        `claim` writes the record that claims the directory, durably: a new one, or in place of the one that there is. That the
+        content is in its place has not reached the disk before `make_ready`.
 
         Raises InvalidArgument for a directory that exists already (it is never adopted) or lies inside another volume.
         """
@@ -160,8 +163,11 @@ class Contents:
                 claimed_before = self._check_free(store, record, parent, name)
                 with _Descriptor(os.open(staged, _DIRECTORY, dir_fd=staging)) as content:
                     inode = _identity(content.fd)
-                # The claim is on disk before the directory: after a crash, an empty directory of that name is known to be ours.
-                record = store.volumes.replace(replace(record, claimed=True, content_inode=inode))
+                    # The claim is on disk before the directory: after a crash, an empty directory of that name is known to be ours.
+                    record = claim(replace(record, claimed=True, content_inode=inode))
+                    # After the claim, whose way to the disk takes this along where all changes share one journal. Its name in staging
+                    # may be lost in a crash: nobody looks for it there.
+                    os.fsync(content.fd)
                 if not claimed_before:
                     try:
                         os.mkdir(name, 0o700, dir_fd=parent)
@@ -179,10 +185,18 @@ class Contents:
                     ) from error
         return record
 
+    def make_ready(self, store: PoolStore, record: VolumeRecord) -> VolumeRecord:
+        """Say that a volume whose content is in its place is ready, once that is on disk. Returns the record as it now is."""
+        with store.open_parent(record.directory) as (parent, _), store.open(STAGING) as staging:
+            return store.volumes.replace(replace(record, phase=Phase.READY), _synced(parent, staging))
+
     def place_snapshot(self, store: PoolStore, record_id: str, token: str) -> None:
         """Move built content to the snapshot's place."""
+        name = _staging_name(record_id, token)
         with store.open(STAGING) as staging, store.open(SNAPSHOT_DATA) as data:
-            os.rename(_staging_name(record_id, token), record_id, src_dir_fd=staging, dst_dir_fd=data)
+            with _Descriptor(os.open(name, _DIRECTORY, dir_fd=staging)) as content:
+                os.fsync(content.fd)
+            os.rename(name, record_id, src_dir_fd=staging, dst_dir_fd=data)
             files.sync_directory(data)
             files.sync_directory(staging)
         self.seal_snapshot(store, record_id)
@@ -305,6 +319,17 @@ class _Descriptor:
 
     def __exit__(self, *_: object) -> None:
         os.close(self.fd)
+
+
+@contextmanager
+def _synced(*directories: int) -> Iterator[None]:
+    """The gate (files.py) of a record that speaks of names in these directories: it appears when they are on disk.
+
+    Within the gate the record itself is there already; where all changes share one journal, that has taken the names along.
+    """
+    for directory in directories:
+        files.sync_directory(directory)
+    yield
 
 
 def _open_source(source: Source) -> _Descriptor:

@@ -272,6 +272,19 @@ class PoolStore:
 
     # --- trash --------------------------------------------------------------------------------------------------------------------
 
+    def drop_empty_staging(self, record_id: str, token: str) -> None:
+        """Remove the empty directory that the attempt `token` at `record_id` left in staging; none is fine."""
+        name = f"{record_id}.{token}"
+        with self.open(STAGING) as staging:
+            if not self.backend.remote:
+                lift_limit(staging, name)
+            try:
+                os.rmdir(name, dir_fd=staging)
+            except FileNotFoundError:
+                return
+            except OSError:  # a subvolume, before Linux 4.18
+                self._discard(staging, name, record_id)
+
     def trash_staging(self, record_id: str) -> None:
         """Move what earlier attempts at `record_id` left in staging into the trash."""
         with self.open(STAGING) as staging:

@@ -5,7 +5,7 @@ next call with the same name or handle goes on from there.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from csi_driver.errors import (
@@ -28,6 +28,7 @@ from csi_driver.volumes.model import (
     CapacityRange,
     CreateVolume,
     Form,
+    Layout,
     Limit,
     LimiterKind,
     OnDelete,
@@ -157,9 +158,15 @@ class Provisioner:
             inodes=parameters.inodes,
         )
         gate = self._promises.gate(store, record_id, capacity, capacity)
-        if not store.volumes.add(record, gate):
-            raise AlreadyExists(f"volume {quoted(request.name)} is being made by another controller")
-        return record
+
+        def add(record: VolumeRecord) -> VolumeRecord:
+            if not store.volumes.add(record, gate):
+                raise AlreadyExists(f"volume {quoted(request.name)} is being made by another controller")
+            return record
+
+        if _is_made_at_once(record):
+            return self._complete(store, record, None, add)
+        return add(record)
 
     def _own_directory(self, store: PoolStore, record_id: str) -> str:
         # The data of a retained volume keeps its place when the name is used again.
@@ -178,21 +185,33 @@ class Provisioner:
                 raise InvalidArgument(problem)
         return form
 
-    def _complete(self, store: PoolStore, record: VolumeRecord, job: JobControl | None) -> VolumeRecord:
-        """Build the content of a `creating` volume and make it ready; on an error nothing is left of it."""
-        if self._contents.is_in_place(store, record):
-            return store.volumes.replace(replace(record, phase=Phase.READY))
+    def _complete(
+        self,
+        store: PoolStore,
+        record: VolumeRecord,
+        job: JobControl | None,
+        add: Callable[[VolumeRecord], VolumeRecord] | None = None,
+    ) -> VolumeRecord:
+        """Build the content of a `creating` volume and make it ready; on an error nothing is left of it.
+
+        With `add` there is no record yet, so the id may be another controller's: until `add` has shown the record, nothing but what
+        has its token is touched.
+        """
+        if add is None and self._contents.is_in_place(store, record):
+            return self._contents.make_ready(store, record)
         try:
             holding = self._limits.holding(store, record)
             if record.source is None:
+                if add is None:
+                    self._contents.discard(store, record.id)
                 self._contents.make_empty(store, record, holding)
             else:
                 record = self._fill(store, record, job, holding)
-            record = self._contents.place_volume(store, replace(record, limit=holding.limit))
+            record = self._contents.place_volume(store, replace(record, limit=holding.limit), add or store.volumes.replace)
         except BaseException:
-            self._give_up(store, record.id)
+            self._give_up(store, record)
             raise
-        return store.volumes.replace(replace(record, phase=Phase.READY))
+        return self._contents.make_ready(store, record)
 
     def _fill(
         self, store: PoolStore, record: VolumeRecord, job: JobControl | None, holding: Holding | ImageHolding
@@ -206,14 +225,19 @@ class Provisioner:
             report = self._contents.copy(store, record.id, token, source, record.ownership, job, holding, size)
         return replace(record, capture=report)
 
-    def _give_up(self, store: PoolStore, record_id: str) -> None:
-        current = store.volumes.get(record_id)
+    def _give_up(self, store: PoolStore, record: VolumeRecord) -> None:
+        current = store.volumes.get(record.id)
+        if current is not None and current.token != record.token:
+            current = None  # another's, who was first
         if current is not None and self._contents.is_in_place(store, current):
             return  # only the last steps failed: a retry completes them
-        self._contents.discard(store, record_id)
+        if _is_made_at_once(record):
+            store.drop_empty_staging(record.id, record.token)
+        else:
+            self._contents.discard(store, record.id)
         if current is not None:
             self._contents.release_claim(store, current)
-        store.volumes.remove(record_id)
+            store.volumes.remove(record.id)
 
     # --- read ---------------------------------------------------------------------------------------------------------------------
 
@@ -285,6 +309,11 @@ class Provisioner:
 def is_listed(record: VolumeRecord) -> bool:
     """Tell whether a volume exists for those who list volumes: the cluster knows nothing of a pod's inline volume."""
     return record.phase is Phase.READY and not record.ephemeral
+
+
+def _is_made_at_once(record: VolumeRecord) -> bool:
+    """Tell whether what is missing is one empty directory, at a name that nobody else can have: then the record need not come first."""
+    return record.source is None and record.form.layout is Layout.DIRECTORY and record.directory_template is None
 
 
 def _exists_elsewhere(taken: VolumeRecord) -> AlreadyExists:

@@ -214,7 +214,7 @@ def test_a_pool_that_is_not_there_does_not_keep_the_others_from_being_swept(benc
 
 def test_the_files_of_a_killed_writer_are_removed_when_they_are_old(bench):
     volumes = bench.pool().backend.root() / ".csi/volumes"
-    for changes in range(1, 10):
+    for changes in range(1, 100):
         assert not runs_to_its_end(lambda: bench.create("v"), changes)
         if os.listdir(volumes):
             break
