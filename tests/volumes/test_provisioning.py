@@ -844,7 +844,7 @@ def test_a_damaged_record_hides_only_its_own_volume(bench):
 def test_ten_thousand_volumes_come_in_pages_of_a_hundred_each_exactly_once_while_others_come_and_go(tmp_path, make_disk):
     disk = make_disk("many", size="512M")
     bench = make_bench(tmp_path, (HostPathPool("default", disk / "pool"),))
-    stay = {bench.create(f"stay{n}").record.handle for n in range(10_000)}
+    stay = {bench.create(f"stay{n}", 1024).record.handle for n in range(10_000)}
     stop = threading.Event()
     failures = []
 
@@ -852,7 +852,7 @@ def test_ten_thousand_volumes_come_in_pages_of_a_hundred_each_exactly_once_while
         count = 0
         while not stop.is_set():
             try:
-                volume = bench.create(f"go{number}-{count}")
+                volume = bench.create(f"go{number}-{count}", 1024)
                 bench.volumes.delete(volume.record.handle)
             except Exception as error:
                 failures.append(error)
