@@ -8,7 +8,7 @@ from driver_in_guest import KUBELET, Cluster, Volume, pool_of, refused, shell, s
 
 from csi_driver.rpc import csi_pb2 as csi
 
-INLINE = {"csi.storage.k8s.io/ephemeral": "true"}
+INLINE = {"csi.storage.k8s.io/ephemeral": "true", "size": "64Mi"}
 
 
 @pytest.fixture
