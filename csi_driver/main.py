@@ -257,9 +257,9 @@ def _metrics(options: ServeOptions, settings: DriverSettings, domain: Domain) ->
 
 def _jobs_of(domain: Domain) -> Callable[[], JobUsage]:
     def read() -> JobUsage:
-        jobs = domain.jobs.running()
+        jobs = [*domain.jobs.running(), *domain.node_jobs.running()]
         waiting = sum(job.ahead > 0 for job in jobs)
-        return JobUsage(running=len(jobs) - waiting, waiting=waiting, bytes=domain.jobs.bytes())
+        return JobUsage(running=len(jobs) - waiting, waiting=waiting, bytes=domain.jobs.bytes() + domain.node_jobs.bytes())
 
     return read
 

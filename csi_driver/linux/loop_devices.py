@@ -36,11 +36,15 @@ _POLL_SECONDS = 0.02
 
 @dataclass(frozen=True, slots=True)
 class LoopDevice:
-    """An attached device: `name` is loop5, `direct_io` whether the image's filesystem could do without its page cache."""
+    """An attached device: `name` is loop5, `direct_io` whether the image's filesystem could do without its page cache.
+
+    `ending`: it is to be detached, and is used until its last user lets go.
+    """
 
     name: str
     read_only: bool
     direct_io: bool
+    ending: bool = False
 
     @property
     def node(self) -> Path:
@@ -54,13 +58,17 @@ def node_of(name: str) -> Path:
 def attach(image: Path, *, read_only: bool, block_size: int) -> LoopDevice:
     """Attach `image` (not followed where it is a symbolic link), or return the device that it has in this mode.
 
-    Raises OSError: ENOENT where `/dev` has no loop devices, ENXIO, EINVAL (a block size that the image cannot have), EIO.
+    Raises OSError: EBUSY while a device of it is ending (a second one would be a second cache of the same bytes), ENOENT where
+    `/dev` has no loop devices, ENXIO, EINVAL (a block size that the image cannot have), EIO.
     """
     mode = os.O_RDONLY if read_only else os.O_RDWR
     opened = os.open(image, mode | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         status = os.fstat(opened)
-        known = next((device for device in devices_of(image) if device.read_only is read_only), None)
+        devices = devices_of(image)
+        if any(device.ending for device in devices):
+            raise OSError(errno.EBUSY, "a device of it waits for its last user", os.fspath(image))
+        known = next((device for device in devices if device.read_only is read_only), None)
         if known is not None:
             return known
         for _ in range(_ATTEMPTS):
@@ -73,7 +81,7 @@ def attach(image: Path, *, read_only: bool, block_size: int) -> LoopDevice:
 
 
 def devices_of(image: Path) -> list[LoopDevice]:
-    """List the devices that have just this file, by device and inode. Raises OSError where it cannot be opened."""
+    """List the devices that have just this file, by device and inode, ending ones too. Raises OSError where it cannot be opened."""
     opened = os.open(image, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         status = os.fstat(opened)
@@ -104,7 +112,7 @@ def detach(name: str, image: Path, seconds: float) -> bool:
     """
     deadline = time.monotonic() + seconds
     with suppress(FileNotFoundError), _opened(name) as device:
-        if not has_file(name, image):
+        if not _is_of(name, device, image):
             return True
         try:
             fcntl.ioctl(device, _CLEAR)
@@ -117,6 +125,31 @@ def detach(name: str, image: Path, seconds: float) -> bool:
             return False
         time.sleep(_POLL_SECONDS)
     return True
+
+
+def is_ending(name: str) -> bool:
+    """Tell whether a device is to be detached as soon as its last user lets go."""
+    try:
+        return (_SYSFS / name / "loop" / "autoclear").read_bytes().strip() == b"1"
+    except OSError:
+        return False
+
+
+def _is_of(name: str, device: int, image: Path) -> bool:
+    """Tell whether the open device has this image: the name that is left of a file whose mount has gone is every image's."""
+    shown = backing_file(name)
+    if shown == os.fspath(image):
+        return True
+    if shown != _cut_off(image):
+        return False
+    try:
+        status = image.lstat()
+        found = _INFO.unpack(fcntl.ioctl(device, _GET_STATUS, bytes(_INFO.size)))
+    except OSError as error:
+        if error.errno not in {errno.ENOENT, errno.ENXIO, errno.ESTALE}:
+            raise
+        return False
+    return (_decoded(found[0]), found[1]) == (status.st_dev, status.st_ino)
 
 
 def take_new_size(name: str) -> int:
@@ -163,7 +196,7 @@ def _configure(name: str, opened: int, *, read_only: bool, block_size: int) -> b
 
 
 def _look(name: str, status: os.stat_result) -> LoopDevice | None:
-    """Describe the device if it has just this file and nobody has asked for its end."""
+    """Describe the device if it has just this file."""
     try:
         with _opened(name) as device:
             answer = fcntl.ioctl(device, _GET_STATUS, bytes(_INFO.size))
@@ -171,9 +204,9 @@ def _look(name: str, status: os.stat_result) -> LoopDevice | None:
         return None
     found = _INFO.unpack(answer)
     device_number, inode, flags = found[0], found[1], found[8]
-    if (_decoded(device_number), inode) != (status.st_dev, status.st_ino) or flags & _AUTOCLEAR:
+    if (_decoded(device_number), inode) != (status.st_dev, status.st_ino):
         return None
-    return LoopDevice(name, bool(flags & _READ_ONLY), bool(flags & _DIRECT_IO))
+    return LoopDevice(name, bool(flags & _READ_ONLY), bool(flags & _DIRECT_IO), ending=bool(flags & _AUTOCLEAR))
 
 
 def _decoded(number: int) -> int:

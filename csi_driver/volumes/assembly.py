@@ -76,6 +76,7 @@ class Domain:
     services: Services
     pools: Pools
     jobs: Jobs
+    node_jobs: Jobs
     sweeper: Sweeper
     state: NodeState
     provisioner: Provisioner
@@ -100,7 +101,10 @@ class Domain:
 
     def stop(self, timeout: float) -> None:
         """Stop jobs and the sweeper, waiting at most about `timeout` seconds; what they leave, the next start completes."""
+        until = time.monotonic() + timeout
+        self.node_jobs.stop(0.0)  # told first, so that nobody waits for the others' end
         self.jobs.stop(timeout)
+        self.node_jobs.stop(max(0.0, until - time.monotonic()))
         self.sweeper.stop(timeout)
         for store in self.pools:
             store.backend.close()
@@ -134,6 +138,7 @@ def assemble(installation: Installation) -> Domain:
     }
     pools = Pools(stores, installation.default_pool)
     locks, jobs, limits, turns = KeyedLocks(), Jobs(), Limits(), Turns()
+    node_jobs = Jobs()  # their own: however many copies wait, what a pod waits for on this node is not refused
     promises = Promises(locks)
     contents, sources = Contents(locks, Captures(turns)), Sources(pools, locks)
     volume_removal, snapshot_removal = VolumeRemoval(locks, contents, limits), SnapshotRemoval(locks)
@@ -144,8 +149,8 @@ def assemble(installation: Installation) -> Domain:
     health = Health(pools, promises, limits)
     state = NodeState(installation.state_directory, installation.driver)
     placements = Placements(pools, installation.node_id)
-    images = ImageStaging(pools, state, jobs, installation.node_id, boot_id())
-    node_volumes = NodeVolumes(pools, locks, state, MountGroups(jobs), images, installation.kubelet_dir)
+    images = ImageStaging(pools, state, node_jobs, installation.node_id, boot_id())
+    node_volumes = NodeVolumes(pools, locks, state, MountGroups(node_jobs), images, installation.kubelet_dir)
     stager = Stager(pools, locks, node_volumes, placements)
     publisher = Publisher(pools, node_volumes, placements, InlineVolumes(pools, provisioner))
     info = NodeInfo(installation.node_id, installation.max_volumes_per_node, installation.topology)
@@ -162,7 +167,7 @@ def assemble(installation: Installation) -> Domain:
         snapshots=snapshots if controller else None,
         groups=groups if controller else None,
         capacity=PoolCapacity(pools, promises, limits) if controller else None,
-        node=Node(info, pools, node_volumes, stager, publisher, UsageCounter(jobs), health, provisioner, limits)
+        node=Node(info, pools, node_volumes, stager, publisher, UsageCounter(node_jobs), health, provisioner, limits)
         if installation.node
         else None,
         expansion=NodeExpansion(installation.expansion) if installation.expansion else None,
@@ -170,4 +175,4 @@ def assemble(installation: Installation) -> Domain:
     # A node alone does not sweep what lies behind a server: there the controller does.
     swept = {name: store for name, store in stores.items() if controller or not store.backend.remote}
     sweeper = Sweeper(Pools(swept, None), locks, volume_removal, snapshot_removal, groups, limits, trash_filled)
-    return Domain(services, pools, jobs, sweeper, state, provisioner, verifier, promises)
+    return Domain(services, pools, jobs, node_jobs, sweeper, state, provisioner, verifier, promises)

@@ -9,13 +9,15 @@ was done before a crash is not done twice, and nothing is left that Unstage woul
 happened when the volume was made; and letting go of a device that somebody still writes to.
 """
 
+import errno
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from csi_driver.errors import DeadlineExceeded, FailedPrecondition, NotFound, Unavailable, quoted
+from csi_driver.errors import DeadlineExceeded, FailedPrecondition, NotFound, TatamiError, Unavailable, quoted
 from csi_driver.linux import image_child, image_filesystems, loop_devices, mounts
 from csi_driver.linux.bind_flags import parse_bind_flags
 from csi_driver.linux.holders import Holder
@@ -32,6 +34,8 @@ from csi_driver.volumes.unmounting import UNMOUNT_SECONDS
 _SECONDS = 30.0
 _TRIM_SECONDS = 10.0
 _FLAGS = "volume_capability.mount.mount_flags"
+_GONE = frozenset({errno.ENOENT, errno.ESTALE})
+"""What a directory says whose volume was deleted, here or, of a server, meanwhile."""
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +63,17 @@ class ImageStaging:
 
         Raises FailedPrecondition (another node holds it, its filesystem needs a person), NotFound, Unavailable, OperationPending.
         """
+        try:
+            return self._stage(known, store, capability, staging, size_bytes)
+        except (FailedPrecondition, NotFound):
+            # For the kubelet that is final: no Unstage will come, and what was begun would keep the volume from being deleted or repaired.
+            with suppress(TatamiError, OSError):
+                self.unstage(self._state.get(known.handle) or known, staging)
+            raise
+
+    def _stage(
+        self, known: NodeVolumeRecord, store: PoolStore, capability: Capability, staging: Path, size_bytes: int | None
+    ) -> NodeVolumeRecord:
         place = self._reach(known, store)
         image_child.hold(place, Holder(self._node_id, self._boot_id, known.epoch), _SECONDS)
         block = known.form.access_type is AccessType.BLOCK
@@ -88,7 +103,13 @@ class ImageStaging:
         block_size = SECTOR_BYTES[known.form.access_type]
         try:
             found = image_child.attach(self.place_of(known), read_only=read_only, block_size=block_size, seconds=_SECONDS)
-        except FileNotFoundError as error:
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise Unavailable(
+                    f"volume {quoted(known.handle)} is still in use on this node from before: somebody has its loop device open; try again"
+                ) from error
+            if error.errno != errno.ENOENT:
+                raise
             raise NotFound(
                 f"the image of volume {quoted(known.handle)}, or the loop device for it, is not there ({error}): the node plugin needs the "
                 "host's /dev"
@@ -103,8 +124,10 @@ class ImageStaging:
     # --- what is there --------------------------------------------------------------------------------------------------------------
 
     def is_staged(self, known: NodeVolumeRecord, store: PoolStore) -> bool:  # noqa: ARG002
-        return self._is_attached(known, known.device) and (
-            known.form.access_type is AccessType.BLOCK or _shows_device(Path(known.staging_path), known.device)
+        return (
+            self._is_attached(known, known.device)
+            and not loop_devices.is_ending(known.device)
+            and (known.form.access_type is AccessType.BLOCK or _shows_device(Path(known.staging_path), known.device))
         )
 
     def _is_attached(self, known: NodeVolumeRecord, name: str) -> bool:
@@ -206,7 +229,9 @@ class ImageStaging:
             return []
         try:
             return image_child.devices(place, _SECONDS)
-        except FileNotFoundError:
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
             return []  # the image is gone
 
     def _unmount(self, known: NodeVolumeRecord, staging: Path) -> None:
@@ -234,6 +259,9 @@ class ImageStaging:
             image_child.release(place, Holder(self._node_id, self._boot_id, known.epoch), _SECONDS)
         except NotFound:
             return  # the volume is gone, and its hold with it
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
 
     def rediscovered(self, handle: str, staging_path: str = "") -> NodeVolumeRecord | None:
         """Say the least that is certain of an image whose record on this node is lost; None where this node has no such image."""

@@ -276,7 +276,7 @@ class PoolStore:
         """Remove the empty directory that the attempt `token` at `record_id` left in staging; none is fine."""
         name = f"{record_id}.{token}"
         with self.open(STAGING) as staging:
-            if not self.backend.remote:
+            if self.backend.data_is_here:
                 lift_limit(staging, name)
             try:
                 os.rmdir(name, dir_fd=staging)

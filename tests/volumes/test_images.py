@@ -181,10 +181,29 @@ def test_a_filesystem_in_use_is_not_taken_away_behind_its_user(bench):
         bench.node.unpublish(handle, str(target))
         with pytest.raises(Unavailable, match="still in use"):
             bench.node.unstage(handle, staging)
+        (attached,) = devices_below(bench.root)
+        with pytest.raises(Unavailable, match="still in use on this node from before"):
+            bench.stage(handle, filesystem())  # a second device would be a second filesystem on the same bytes
+        assert devices_below(bench.root) == [attached]
         busy.write("late")
     bench.node.unstage(handle, staging)
     assert devices_below(bench.root) == []
     assert Path(bench.stage(handle, filesystem()), "file").read_text() == "late"
+
+
+def test_raw_block_in_use_is_not_staged_on_the_device_that_is_ending(bench):
+    handle = make_image(bench, "v", block()).record.handle
+    staging = bench.stage(handle, block())
+    (attached,) = devices_below(bench.root)
+    with Path(f"/dev/{attached}").open("r+b", buffering=0) as busy:
+        with pytest.raises(Unavailable, match="still in use"):
+            bench.node.unstage(handle, staging)
+        with pytest.raises(Unavailable, match="still in use on this node from before"):
+            bench.stage(handle, block())  # the device would be the next volume's as soon as its last user lets go
+        busy.write(b"late" * 128)
+    bench.stage(handle, block())
+    (attached,) = devices_below(bench.root)
+    assert Path(f"/dev/{attached}").read_bytes()[:4] == b"late"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -203,9 +222,10 @@ def test_a_damaged_filesystem_is_refused_named_in_health_and_left_as_it_is(bench
         bench.stage(handle, filesystem(kind))
     entries = bench.node.health(handle, "", "").entries
     assert [entry.reason for entry in entries] == ["FilesystemDamaged"]
-    bench.node.unstage(handle, bench.staging_of(handle))
-    assert devices_below(bench.root) == []
+    assert devices_below(bench.root) == []  # for the kubelet the refusal is final: no Unstage will come
+    assert not (image.parent / "holder.json").exists()
     assert image.read_bytes() == before
+    bench.volumes.delete(handle)
 
 
 def test_what_is_no_filesystem_any_more_is_never_formatted(bench):
