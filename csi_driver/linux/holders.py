@@ -71,6 +71,14 @@ def release(directory_fd: int, holder: Holder) -> None:
         _remove(directory_fd, found)
 
 
+def is_held_by(directory_fd: int, node_id: str) -> bool:
+    """Tell whether the image is this node's. Raises FailedPrecondition for a damaged hold, OSError."""
+    try:
+        return _decoded(files.read_bounded(directory_fd, HOLDER, _LIMIT)).node_id == node_id
+    except FileNotFoundError:
+        return False
+
+
 def _remove(directory_fd: int, found: bytes) -> None:
     """Take this very hold away: moved aside by one rename first, so that of two nodes only one goes on, and looked at again."""
     aside = f"{files.TEMPORARY_PREFIX}{HOLDER}.{secrets.token_hex(8)}"

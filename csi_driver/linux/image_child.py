@@ -4,16 +4,19 @@
 """
 
 import errno
+import fcntl
 import json
 import os
+import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from csi_driver.errors import FailedPrecondition
-from csi_driver.linux import children, holders, image_filesystems, loop_devices, mounts
+from csi_driver.linux import children, commands, holders, image_filesystems, loop_devices, mounts
+from csi_driver.linux.commands import CommandFailed
 from csi_driver.linux.holders import Holder
 from csi_driver.linux.loop_devices import LoopDevice
 
@@ -22,6 +25,8 @@ IMAGE = "image"
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _RELEASE_SECONDS = 5.0
+_REMOUNT_SECONDS = 10.0
+_SHUTDOWN, _NO_LOG_FLUSH = 0x8004587D, 2  # EXT4_IOC_SHUTDOWN, which is XFS_IOC_GOINGDOWN
 
 
 def hold(place: Path, holder: Holder, seconds: float) -> None:
@@ -34,6 +39,11 @@ def hold(place: Path, holder: Holder, seconds: float) -> None:
 def release(place: Path, holder: Holder, seconds: float) -> None:
     """Give the image back. Raises Unavailable, OSError."""
     children.ask(__name__, "release", place, json.dumps(asdict(holder)), seconds=seconds)
+
+
+def is_held_by(place: Path, node_id: str, seconds: float) -> bool:
+    """Tell whether the image is this node's. Raises Unavailable, OSError."""
+    return bool(children.ask(__name__, "is_held_by", place, node_id, seconds=seconds)["held"])
 
 
 def attach(place: Path, *, read_only: bool, block_size: int, seconds: float) -> LoopDevice:
@@ -61,6 +71,11 @@ def recognise(device: Path, seconds: float) -> tuple[str, int] | None:
     """Say which filesystem a device begins with, and its size in bytes. Raises Unavailable, OSError."""
     found = children.ask(__name__, "recognise", device, seconds=seconds)["found"]
     return (str(found[0]), int(found[1])) if found else None
+
+
+def shut_down(mounted: Path, seconds: float) -> None:
+    """Let nothing that is still to be written through this mount of ext4 or XFS reach its device. Raises Unavailable, OSError."""
+    children.ask(__name__, "shut_down", mounted, seconds=seconds)
 
 
 def unmount(mounted: Path, seconds: float) -> None:
@@ -91,6 +106,11 @@ def _release(place: str, holder: str) -> dict[str, Any]:
     return {}
 
 
+def _is_held_by(place: str, node_id: str) -> dict[str, Any]:
+    with _opened(place) as directory:
+        return {"held": holders.is_held_by(directory, node_id)}
+
+
 def _attach(place: str, wanted: str) -> dict[str, Any]:
     return asdict(loop_devices.attach(Path(place) / IMAGE, **json.loads(wanted)))
 
@@ -115,6 +135,19 @@ def _recognise(device: str) -> dict[str, Any]:
     return {"found": image_filesystems.recognise(Path(device))}
 
 
+def _shut_down(mounted: str) -> dict[str, Any]:
+    with suppress(CommandFailed):  # one that is shut down already
+        # Else ext4 discards what was freed last when its journal is closed, shut down or not.
+        commands.run(["mount", "-o", "remount,nodiscard", mounted], timeout=_REMOUNT_SECONDS)
+    try:
+        with _opened(mounted) as top:
+            fcntl.ioctl(top, _SHUTDOWN, struct.pack("=I", _NO_LOG_FLUSH))
+    except OSError as error:
+        if error.errno != errno.EIO:  # what XFS says of one that is shut down already
+            raise
+    return {}
+
+
 def _unmount(mounted: str) -> dict[str, Any]:
     while mounts.mount_is_read_only(Path(mounted)) is not None:
         mounts.unmount(Path(mounted))
@@ -133,10 +166,12 @@ def _opened(place: str) -> Iterator[int]:
 _OPERATIONS: Mapping[str, Callable[..., dict[str, Any]]] = {
     "hold": _hold,
     "release": _release,
+    "is_held_by": _is_held_by,
     "attach": _attach,
     "devices": _devices,
     "detach": _detach,
     "take_new_size": _take_new_size,
     "recognise": _recognise,
+    "shut_down": _shut_down,
     "unmount": _unmount,
 }

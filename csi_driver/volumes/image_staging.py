@@ -210,8 +210,8 @@ class ImageStaging:
         Raises Unavailable while somebody still uses the filesystem or the device: another node must not have it before.
         """
         self._filesystems.stop_check(known.handle)
-        self._unmount(known, staging)
         place = self.place_of(known)
+        self._unmount(known, staging, held=topmost_mount_at(place) is None or self._is_held(place))
         for name in {known.device, known.read_only_device, *self._unrecorded(known)} - {""}:
             if not image_child.detach(place, name, _SECONDS):
                 raise Unavailable(
@@ -234,14 +234,28 @@ class ImageStaging:
                 raise
             return []  # the image is gone
 
-    def _unmount(self, known: NodeVolumeRecord, staging: Path) -> None:
+    def _is_held(self, place: Path) -> bool:
+        try:
+            return image_child.is_held_by(place, self._node_id, _SECONDS)
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+            return False
+
+    def _unmount(self, known: NodeVolumeRecord, staging: Path, *, held: bool) -> None:
         if topmost_mount_at(staging) is None:
             return
         if not _is_loop_mount(staging):
             raise FailedPrecondition(f"{staging} has a mount that is not volume {quoted(known.handle)}; it is left as it is")
-        if not mounts.mount_is_read_only(staging):
-            image_filesystems.trim(staging, _TRIM_SECONDS)
         try:
+            if not held:
+                # Another node has had it meanwhile: our journal over its data, or a trim by our idea of what is free, would destroy both.
+                _log.warning(
+                    "an image was given to another node: what was not written is dropped", extra={"volume": known.handle}
+                )
+                image_child.shut_down(staging, _SECONDS)
+            elif not mounts.mount_is_read_only(staging):
+                image_filesystems.trim(staging, _TRIM_SECONDS)
             image_child.unmount(staging, _SECONDS)
         except (OSError, DeadlineExceeded) as error:
             raise Unavailable(

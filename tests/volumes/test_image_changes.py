@@ -376,6 +376,33 @@ def test_of_two_nodes_at_once_one_gets_it(two_nodes):
     assert (len(got), len(refused)) == (1, 1)
 
 
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+@pytest.mark.parametrize("holder_now", ["another node", "nobody"])
+def test_a_node_that_lost_the_image_writes_nothing_more_when_it_takes_it_away(bench, kind, holder_now):
+    volume = make_image(bench, "v", filesystem(kind))
+    staging = bench.stage(volume.record.handle, filesystem(kind))
+    target = bench.publish(volume.record.handle, "pod", filesystem(kind))
+    (target / "old").write_bytes(b"x" * 4 * MIB)
+    os.sync()
+    (target / "old").unlink()  # a trim would now punch holes, by this node's idea of what is free
+    (target / "late").write_text("not synced")
+    holder, image = bench.path(volume) / "holder.json", bench.path(volume) / "image"
+    if holder_now == "nobody":
+        holder.unlink()
+    else:
+        holder.write_text(json.dumps({**json.loads(holder.read_text()), "node_id": "other", "epoch": 7}))
+    left = holder.read_text() if holder.exists() else None
+    bench.node.unpublish(volume.record.handle, str(target))
+    before = image.read_bytes()
+    bench.node.unstage(volume.record.handle, staging)
+    after = image.read_bytes()
+    assert len(after) == len(before)
+    changed = [at for at in range(0, len(after), 4096) if after[at : at + 4096] != before[at : at + 4096]]
+    assert changed == []
+    assert (holder.read_text() if holder.exists() else None) == left
+    assert devices_below(bench.root) == []
+
+
 def test_what_a_node_held_before_it_was_started_anew_it_may_have_again(bench):
     volume = make_image(bench, "v", filesystem())
     staging = bench.stage(volume.record.handle, filesystem())
