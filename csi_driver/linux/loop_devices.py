@@ -27,6 +27,7 @@ _CONFIGURE = 0x4C0A
 _CLEAR = 0x4C01
 _GET_STATUS = 0x4C05
 _SET_CAPACITY = 0x4C07
+_SET_READ_ONLY = 0x125D  # BLKROSET
 _READ_ONLY, _AUTOCLEAR, _DIRECT_IO = 1, 4, 16
 _INFO = struct.Struct("=QQQQQ IIII 64s 64s 32s QQ")  # struct loop_info64
 _CONFIG = struct.Struct(f"=II {_INFO.size}s 64x")  # struct loop_config
@@ -192,6 +193,10 @@ def _configure(name: str, opened: int, *, read_only: bool, block_size: int) -> b
             if error.errno != errno.EBUSY:
                 raise
             return False
+        if not read_only:
+            fcntl.ioctl(
+                device, _SET_READ_ONLY, struct.pack("=i", 0)
+            )  # blockdev(8) --setro outlasts what was attached at the time
     return True
 
 

@@ -39,3 +39,18 @@ def test_a_device_is_detached_from_its_own_image_only(two_images):
     assert loop_devices.detach(of_one, one, 1.0)
     assert devices_below(one.parent) == []
     assert devices_below(other.parent) == [of_other]
+
+
+def test_a_device_that_somebody_made_read_only_once_can_be_written(tmp_path):
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(4 * MIB)
+    free = subprocess.run(["losetup", "-f"], capture_output=True, text=True, check=True).stdout.strip()
+    subprocess.run(["blockdev", "--setro", free], check=True)
+    attached = loop_devices.attach(image, read_only=False, block_size=512)
+    try:
+        with attached.node.open("r+b", buffering=0) as device:
+            assert device.write(b"x" * 512) == 512
+    finally:
+        take_down(tmp_path)
+        subprocess.run(["blockdev", "--setrw", free], check=True)
