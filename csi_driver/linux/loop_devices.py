@@ -145,12 +145,12 @@ def _is_of(name: str, device: int, image: Path) -> bool:
         return False
     try:
         status = image.lstat()
-        found = _INFO.unpack(fcntl.ioctl(device, _GET_STATUS, bytes(_INFO.size)))
+        file, _ = _file_and_flags(device)
     except OSError as error:
         if error.errno not in {errno.ENOENT, errno.ENXIO, errno.ESTALE}:
             raise
         return False
-    return (_decoded(found[0]), found[1]) == (status.st_dev, status.st_ino)
+    return file == (status.st_dev, status.st_ino)
 
 
 def take_new_size(name: str) -> int:
@@ -204,14 +204,18 @@ def _look(name: str, status: os.stat_result) -> LoopDevice | None:
     """Describe the device if it has just this file."""
     try:
         with _opened(name) as device:
-            answer = fcntl.ioctl(device, _GET_STATUS, bytes(_INFO.size))
+            file, flags = _file_and_flags(device)
     except OSError:
         return None
-    found = _INFO.unpack(answer)
-    device_number, inode, flags = found[0], found[1], found[8]
-    if (_decoded(device_number), inode) != (status.st_dev, status.st_ino):
+    if file != (status.st_dev, status.st_ino):
         return None
     return LoopDevice(name, bool(flags & _READ_ONLY), bool(flags & _DIRECT_IO), ending=bool(flags & _AUTOCLEAR))
+
+
+def _file_and_flags(device: int) -> tuple[tuple[int, int], int]:
+    """Return device and inode of the attached file, and the loop's flags. Raises OSError: ENXIO where there is none."""
+    found = _INFO.unpack(fcntl.ioctl(device, _GET_STATUS, bytes(_INFO.size)))
+    return (_decoded(found[0]), found[1]), found[8]
 
 
 def _decoded(number: int) -> int:

@@ -211,7 +211,7 @@ class ImageStaging:
         """
         self._filesystems.stop_check(known.handle)
         place = self.place_of(known)
-        self._unmount(known, staging, held=topmost_mount_at(place) is None or self._is_held(place))
+        self._unmount(known, staging)
         for name in {known.device, known.read_only_device, *self._unrecorded(known)} - {""}:
             if not image_child.detach(place, name, _SECONDS):
                 raise Unavailable(
@@ -235,6 +235,8 @@ class ImageStaging:
             return []  # the image is gone
 
     def _is_held(self, place: Path) -> bool:
+        if topmost_mount_at(place) is None:
+            return True  # nothing tells otherwise
         try:
             return image_child.is_held_by(place, self._node_id, _SECONDS)
         except OSError as error:
@@ -242,11 +244,12 @@ class ImageStaging:
                 raise
             return False
 
-    def _unmount(self, known: NodeVolumeRecord, staging: Path, *, held: bool) -> None:
+    def _unmount(self, known: NodeVolumeRecord, staging: Path) -> None:
         if topmost_mount_at(staging) is None:
             return
         if not _is_loop_mount(staging):
             raise FailedPrecondition(f"{staging} has a mount that is not volume {quoted(known.handle)}; it is left as it is")
+        held = self._is_held(self.place_of(known))
         try:
             if not held:
                 # Another node has had it meanwhile: our journal over its data, or a trim by our idea of what is free, would destroy both.
