@@ -99,7 +99,7 @@ test-fast: $(VENV)/dev.stamp packages $(if $(shell command -v go),$(HELM)) ## Te
 
 .PHONY: test-minutes
 test-minutes: $(VENV)/dev.stamp $(SANITY) packages ## Tests that take minutes: csi-sanity, storms, many volumes
-	CSI_SANITY=$(abspath $(SANITY)) $(PYTEST) -m minutes
+	CSI_SANITY=$(abspath $(SANITY)) $(PYTEST) -m minutes --durations=30
 
 .PHONY: sanity
 sanity: $(VENV)/dev.stamp $(SANITY) ## csi-sanity against the driver on hostPath

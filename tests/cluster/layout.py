@@ -1,7 +1,7 @@
 """Where the cluster lies and what its machines are called: names, addresses and paths, in one place.
 
-One cluster per machine. All that it makes outside of its own processes has one of these names, so that `teardown` finds it
-without a list that a kill could have cut short.
+All that a cluster makes outside of its own processes has one of these names, so that `teardown` finds it without a list that a kill
+could have cut short. `TATAMI_CLUSTER_NUMBER` (0 to 9) gives all of them another number: clusters side by side on one machine.
 """
 
 import os
@@ -12,20 +12,23 @@ HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parent.parent
 CACHE = CHECKOUT / ".cache" / "cluster"
 BINARIES = CACHE / "bin"
-STATE = Path(os.environ.get("TATAMI_CLUSTER_DIRECTORY", "/var/lib/tatami-cluster"))
+NUMBER = int(os.environ.get("TATAMI_CLUSTER_NUMBER", "0"))
+if not 0 <= NUMBER <= 9:
+    raise ValueError(f"TATAMI_CLUSTER_NUMBER: {NUMBER} is not from 0 to 9")
+STATE = Path(os.environ.get("TATAMI_CLUSTER_DIRECTORY", f"/var/lib/tatami-cluster{NUMBER or ''}"))
 LOGS = STATE / "logs"
 KUBECONFIG = STATE / "kubeconfig"
 
-PREFIX = "tatami-"  # of network devices (15 bytes at most) and cgroups
+PREFIX = f"tatami{NUMBER or ''}-"  # of network devices (15 bytes at most) and cgroups
 BRIDGE = f"{PREFIX}bridge"
-GATEWAY = "10.77.0.1"  # of the bridge; the API server listens there
+NETWORK = f"10.77.{NUMBER}"
+GATEWAY = f"{NETWORK}.1"  # of the bridge; the API server listens there
 NETWORK_BITS = 24
 SERVICES = "10.96.0.0/24"
 API_SERVICE = "10.96.0.1"
-PODS = "10.88.0.0/16"
 API_PORT = 6443
-ETCD_PORT = 23790
-ETCD_PEER_PORT = 23800
+ETCD_PORT = 23790 + NUMBER
+ETCD_PEER_PORT = 23800 + NUMBER
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,11 @@ class NodeSpec:
 
     @property
     def address(self) -> str:
-        return f"10.77.0.{10 + self.number}"
+        return f"{NETWORK}.{10 + self.number}"
 
     @property
     def pods(self) -> str:
-        return f"10.88.{self.number}.0/24"
+        return f"10.88.{10 * NUMBER + self.number}.0/24"
 
     @property
     def link(self) -> str:
