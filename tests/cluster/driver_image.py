@@ -37,8 +37,18 @@ def driver_image() -> tuple[str, Path]:
         partial = archive.with_suffix(".partial")
         _logged("build", "buildah", "push", "--quiet", name, f"docker-archive:{partial}:{name}")
         partial.rename(archive)
+        _forget_others(name)
     say(f"the driver's image has {archive.stat().st_size / 1e6:.0f} MB")
     return name, archive
+
+
+def _forget_others(name: str) -> None:
+    """Remove earlier images of the driver and what only they were made from: without layers that share files, that is gigabytes."""
+    known = _logged("build", "buildah", "images", "--format", "{{.Name}}:{{.Tag}}").split()
+    for other in known:
+        if other.startswith(f"{NAME}:") and other != name:
+            _logged("build", "buildah", "rmi", other)
+    _logged("build", "buildah", "rmi", "--prune", "--force")
 
 
 def _make_base() -> None:
