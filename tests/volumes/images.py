@@ -1,6 +1,7 @@
 """What tests of image volumes say and look at: capabilities, loop devices, and what the kernel knows of them."""
 
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -63,3 +64,21 @@ def take_down(root: Path) -> None:
     unmount_below(root)
     for name in devices:
         subprocess.run(["losetup", "-d", f"/dev/{name}"], check=False, capture_output=True)
+
+
+CHANGE_FD, CLR_FD, SET_FD, SET_READ_ONLY = 0x4C06, 0x4C01, 0x4C00, 0x125D
+_ASK = """
+import fcntl, os, sys
+device = os.open(sys.argv[2], os.O_RDONLY)
+try:
+    fcntl.ioctl(device, int(sys.argv[1]), *([os.open(name, os.O_RDWR) for name in sys.argv[3:]] or [bytes(4)]))
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+def ask_without_capabilities(node: Path, request: int, *files: Path) -> str:
+    """Do an ioctl on a device as a pod's root without any capability can; return the error, empty where there was none."""
+    without = ["setpriv", "--bounding-set", "-all", "--inh-caps", "-all", "--"]
+    words = [*without, sys.executable, "-c", _ASK, str(request), node, *files]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
