@@ -50,12 +50,13 @@ def make_image(
 
 def devices_below(root: Path) -> list[str]:
     """List the loop devices of the images below `root`: by device and inode, whatever name the kernel has for them."""
-    found: list[str] = []
-    for image in Path(root).rglob("image"):
-        if image.is_file():
-            shown = subprocess.run(["losetup", "-n", "-O", "NAME", "-j", image], capture_output=True, text=True, check=True)
-            found += [word.removeprefix("/dev/") for word in shown.stdout.split()]
-    return sorted(set(found))
+    images = [image for image in Path(root).rglob("image") if image.is_file()]
+    return sorted({name for image in images for name in devices_of(image)})
+
+
+def devices_of(file: Path) -> list[str]:
+    shown = subprocess.run(["losetup", "-n", "-O", "NAME", "-j", file], capture_output=True, text=True, check=True)
+    return [word.removeprefix("/dev/") for word in shown.stdout.split()]
 
 
 def take_down(root: Path) -> None:

@@ -19,6 +19,7 @@ from images import (
     ask_without_capabilities,
     block,
     devices_below,
+    devices_of,
     filesystem,
     make_image,
     take_down,
@@ -120,8 +121,7 @@ def test_a_pod_that_takes_the_image_from_its_device_changes_nothing_for_the_next
     first = bench.publish(handle, "first", block())
     with first.open("r+b") as device:
         device.write(b"mine")
-    other = tmp_path / "other/image"
-    other.parent.mkdir()
+    other = tmp_path / "of-the-pod"
     other.write_bytes(b"x" * 16 * MIB)
     (taken,) = devices_below(bench.root)
     assert ask_without_capabilities(first, CLR_FD) == ""
@@ -136,6 +136,7 @@ def test_a_pod_that_takes_the_image_from_its_device_changes_nothing_for_the_next
         bench.node.unpublish(handle, str(pod))
     bench.node.unstage(handle, bench.staging_of(handle))
     assert devices_below(bench.root) == []
+    assert all(subprocess.run(["losetup", "-d", f"/dev/{name}"], check=False).returncode == 0 for name in devices_of(other))
 
 
 def test_block_is_published_once_and_again_after_a_restart(bench):
