@@ -139,6 +139,13 @@ def _copy(store: PoolStore, source: int, target: int, job: JobControl) -> CopyRe
             f"pool {store.name}: {quoted(error.filename or 'the top', 400)} cannot be copied whole ({error.strerror}): what runs here may not "
             "read it; export an NFS pool to the controller with `no_root_squash`, or let its owner make it readable for all"
         ) from error
+    except BlockingIOError as error:
+        if job.should_stop():
+            raise JobCancelled(f"{job.key} was stopped") from error
+        raise FailedPrecondition(
+            f"pool {store.name}: {quoted(error.filename or 'a file', 400)} cannot be copied: a program holds a write lease on it, or on several "
+            "files (fcntl(2), F_SETLEASE; /proc/locks shows them), and does not give it back; stop that program, and try again"
+        ) from error
 
 
 @contextmanager
