@@ -97,8 +97,10 @@ class Captures:
         with _opened(staging, name) as top:
             hold.begin(top)
 
-    def capture(self, store: PoolStore, source: int, staging: int, name: str, job: JobControl, hold: Hold) -> CaptureReport:
-        """Make `name` in staging hold what the directory `source` holds, on disk when this returns.
+    def capture(
+        self, store: PoolStore, source: int, staging: int, name: str, origin: str, job: JobControl, hold: Hold
+    ) -> CaptureReport:
+        """Make `name` in staging hold what the directory `source` holds, on disk when this returns; `origin` is the volume of it (turns.py).
 
         Raises JobCancelled, FailedPrecondition where a file may not be read, OSError (ENOSPC, EDQUOT: `hold` lets it have less), and
         what `hold` raises.
@@ -108,7 +110,7 @@ class Captures:
                 hold.begin(top)
                 hold.finish(top)
             return report
-        with self._turns.take(store.name, job):
+        with self._turns.take(store.name, origin, job):
             stand_back()
             files.sync_filesystem(source)  # what was written before is in the copy, also where writing it out fails only now
             self.make_empty(store, staging, name, hold)
