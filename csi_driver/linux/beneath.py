@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -17,7 +18,8 @@ from functools import lru_cache
 from csi_driver.linux import system_calls as kernel
 
 _TRIES_WHEN_BUSY = 64
-_LEASE_PATIENCE_SECONDS = 60.0  # /proc/sys/fs/lease-break-time is 45 by default
+_PATIENCE_SECONDS = 60.0  # /proc/sys/fs/lease-break-time is 45 by default
+_LOOK_SECONDS = 0.05
 _opener = lru_cache(maxsize=64)(kernel.OpenAt2)
 
 GONE = frozenset({errno.ENOENT, errno.ESTALE, errno.ENOTDIR, errno.ELOOP})
@@ -109,15 +111,40 @@ def pin(directory_fd: int, name: bytes) -> int:
     return open_beneath(directory_fd, name, os.O_PATH | os.O_NOFOLLOW)
 
 
-def open_pinned(pinned: int, flags: int, should_stop: Callable[[], bool] | None = None) -> int:
+class Patience:
+    """How long a piece of work waits in all for write leases to be broken (fcntl(2)): a tenant can hold one on each of his files.
+
+    What several threads wait at the same time counts once.
+    """
+
+    def __init__(self, seconds: float = _PATIENCE_SECONDS) -> None:
+        self._left = seconds
+        self._counted_until = 0.0
+        self._guard = threading.Lock()
+
+    def wait(self) -> bool:
+        """Wait a moment; False, at once, where none is left."""
+        if self._left <= 0:
+            return False
+        began = time.monotonic()
+        time.sleep(_LOOK_SECONDS)
+        with self._guard:
+            now = time.monotonic()
+            self._left -= max(0.0, now - max(began, self._counted_until))
+            self._counted_until = now
+        return True
+
+
+def open_pinned(
+    pinned: int, flags: int, should_stop: Callable[[], bool] | None = None, patience: Patience | None = None
+) -> int:
     """Open for real the file or directory that `pinned` holds, leaving its access time alone where we may.
 
-    A tenant can hold a write lease on its file (fcntl(2)): waits up to 60 s for the kernel to break it, then raises EAGAIN.
-    Raises OSError; BlockingIOError also when `should_stop` said so meanwhile.
+    Where a tenant holds a write lease on its file, waits for the kernel to break it as long as `patience` (by default 60 s) lasts.
+    Raises OSError; BlockingIOError (EAGAIN) where a lease outlasts that, or `should_stop` said so meanwhile.
     """
     link = kernel.magic_link(pinned)
     flags |= os.O_NONBLOCK | os.O_NOATIME
-    deadline = 0.0
     while True:
         try:
             return os.open(link, flags)
@@ -126,11 +153,9 @@ def open_pinned(pinned: int, flags: int, should_stop: Callable[[], bool] | None 
                 raise
             flags &= ~os.O_NOATIME  # only an owner or CAP_FOWNER may (open(2))
         except BlockingIOError:
-            now = time.monotonic()
-            deadline = deadline or now + _LEASE_PATIENCE_SECONDS
-            if now > deadline or (should_stop is not None and should_stop()):
+            patience = patience or Patience()
+            if (should_stop is not None and should_stop()) or not patience.wait():
                 raise
-            time.sleep(0.05)
 
 
 _open_directory = _opener(

@@ -52,6 +52,7 @@ class Shared:
     links_guard: threading.Lock
     methods: tuple[Method, ...]
     should_stop: Callable[[], bool]
+    patience: beneath.Patience
     over_network: bool = False
     openable: bool = False
 
@@ -95,7 +96,7 @@ class Carrier:
     def carry(self, folder: Folder, name: bytes, kind: int, *, enter: bool) -> Folder | None:
         """Copy one entry (`kind`: its DT_…); of a directory, where it may be entered, only open both ends and return them.
 
-        Raises OSError, WalkStopped.
+        Raises OSError (EAGAIN: write leases outlast the patience that all carriers share), WalkStopped.
         """
         try:
             if kind == _REGULAR and self._shared.openable and self._by_name(folder, name):
@@ -179,7 +180,7 @@ class Carrier:
         if not stat.S_ISREG(status.st_mode):
             self._node(pinned, folder, name, status)
             return
-        source = beneath.open_pinned(pinned, os.O_RDONLY, self._shared.should_stop)
+        source = beneath.open_pinned(pinned, os.O_RDONLY, self._shared.should_stop, self._shared.patience)
         try:
             self._file(source, folder, name, status)
         finally:

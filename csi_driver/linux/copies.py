@@ -76,15 +76,18 @@ def copy_tree(
     methods: tuple[Method, ...] = METHODS,
     should_stop: Callable[[], bool] | None = None,
     workers: int = 1,
+    patience: beneath.Patience | None = None,
 ) -> CopyReport:
     """Copy what is in the directory `source_fd`, and its own metadata, into the empty directory `target_fd`.
 
     `should_stop` is asked before each entry and each 2 MiB; it may sleep, to slow the copy down. `workers` is how many threads carry;
-    all of them ask `should_stop`. Nothing is synced: `files.sync_filesystem(target_fd)` does it at once for all.
-    Raises WalkStopped; OSError for what is no matter of the target's abilities (EIO, ENOSPC, EDQUOT, EACCES; ENOTEMPTY for a target
-    that is not empty; ESTALE when a directory more than 64 levels deep was moved away meanwhile). The target is then a torso.
+    all of them ask `should_stop`. `patience` is how long the copy waits in all for write leases (fcntl(2)) that are not given back, by
+    default a minute. Nothing is synced: `files.sync_filesystem(target_fd)` does it at once for all.
+    Raises WalkStopped; OSError for what is no matter of the target's abilities (EIO, ENOSPC, EDQUOT, EACCES; EAGAIN where leases
+    outlast the patience; ENOTEMPTY for a target that is not empty; ESTALE when a directory more than 64 levels deep was moved away
+    meanwhile). The target is then a torso.
     """
-    copy = _Copy(progress or Progress(), methods, should_stop or (lambda: False), workers)
+    copy = _Copy(progress or Progress(), methods, should_stop or (lambda: False), workers, patience or beneath.Patience())
     with private_view(source_fd) as (source, openable), beneath.opened_again(target_fd) as target:
         return copy.run(source, target, openable=openable)
 
@@ -96,11 +99,13 @@ class _Copy:
         methods: tuple[Method, ...],
         should_stop: Callable[[], bool],
         workers: int,
+        patience: beneath.Patience,
     ) -> None:
         self._progress = progress
         self._methods = methods
         self._should_stop = should_stop
         self._workers = workers
+        self._patience = patience
         self._carriers: list[Carrier] = []
 
     def run(self, source_fd: int, target_fd: int, *, openable: bool) -> CopyReport:
@@ -112,6 +117,7 @@ class _Copy:
             self._methods,
             self._should_stop,
             openable=openable,
+            patience=self._patience,
         )
         carrier = self._carrier(shared)
         with Walk(source_fd) as source, Walk(target_fd) as target:

@@ -62,6 +62,11 @@ def detach(place: Path, name: str, seconds: float) -> bool:
     return bool(children.ask(__name__, "detach", place, name, seconds=seconds)["free"])
 
 
+def serves(place: Path, name: str, seconds: float) -> bool:
+    """Tell whether a device has the image and keeps it. Raises Unavailable, OSError."""
+    return bool(children.ask(__name__, "serves", place, name, seconds=seconds)["serves"])
+
+
 def take_new_size(place: Path, name: str, seconds: float) -> int:
     """Make a device as large as the image is, and return bytes. Raises Unavailable, OSError."""
     return int(children.ask(__name__, "take_new_size", place, name, seconds=seconds)["bytes"])
@@ -123,6 +128,10 @@ def _detach(place: str, name: str) -> dict[str, Any]:
     return {"free": loop_devices.detach(name, Path(place) / IMAGE, _RELEASE_SECONDS)}
 
 
+def _serves(place: str, name: str) -> dict[str, Any]:
+    return {"serves": loop_devices.serves(name, Path(place) / IMAGE)}
+
+
 def _take_new_size(place: str, name: str) -> dict[str, Any]:
     if not loop_devices.has_file(name, Path(place) / IMAGE):
         raise OSError(errno.ENXIO, f"{name} has another file by now")
@@ -170,6 +179,7 @@ _OPERATIONS: Mapping[str, Callable[..., dict[str, Any]]] = {
     "attach": _attach,
     "devices": _devices,
     "detach": _detach,
+    "serves": _serves,
     "take_new_size": _take_new_size,
     "recognise": _recognise,
     "shut_down": _shut_down,

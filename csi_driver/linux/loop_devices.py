@@ -5,8 +5,10 @@ of it and the mount nobody may use it, and a raw block volume has no user while 
 after a crash it is found again: by the name of its file in sysfs, which nothing but the kernel writes and no server is asked for,
 and then by device and inode, for in another mount namespace another file may have the name.
 
-A read-only device refuses writes in the kernel's request path, also after BLKROSET: the flag is the loop's, its file is opened
-for reading. A read-only *bind* of a device's node would stop nothing, for a mount guards files, not devices.
+A pod has the node of its device and may do on it what asks for no privilege (drivers/block/loop.c): LOOP_CLR_FD, and, where the loop
+itself is read-only, LOOP_CHANGE_FD, which puts another file in the place of the image. So the loop is never read-only: its file is
+open for writing, and the block device is (BLKROSET, which takes CAP_SYS_ADMIN to undo). A read-only *bind* of a device's node would
+stop nothing, for a mount guards files, not devices. What was cleared has no file, or somebody's: device and inode tell, not names.
 """
 
 import errno
@@ -19,6 +21,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from csi_driver.linux.mountinfo import read_mounts
+
 _CONTROL = "/dev/loop-control"
 _SYSFS = Path("/sys/block")
 
@@ -27,8 +31,9 @@ _CONFIGURE = 0x4C0A
 _CLEAR = 0x4C01
 _GET_STATUS = 0x4C05
 _SET_CAPACITY = 0x4C07
-_SET_READ_ONLY = 0x125D  # BLKROSET
-_READ_ONLY, _AUTOCLEAR, _DIRECT_IO = 1, 4, 16
+_ADD = 0x4C80  # LOOP_CTL_ADD; -1 is a number that no device has
+_SET_READ_ONLY, _GET_READ_ONLY = 0x125D, 0x125E  # BLKROSET, BLKROGET
+_AUTOCLEAR, _DIRECT_IO = 4, 16
 _INFO = struct.Struct("=QQQQQ IIII 64s 64s 32s QQ")  # struct loop_info64
 _CONFIG = struct.Struct(f"=II {_INFO.size}s 64x")  # struct loop_config
 _ATTEMPTS = 64
@@ -62,8 +67,7 @@ def attach(image: Path, *, read_only: bool, block_size: int) -> LoopDevice:
     Raises OSError: EBUSY while a device of it is ending (a second one would be a second cache of the same bytes), ENOENT where
     `/dev` has no loop devices, ENXIO, EINVAL (a block size that the image cannot have), EIO.
     """
-    mode = os.O_RDONLY if read_only else os.O_RDWR
-    opened = os.open(image, mode | os.O_NOFOLLOW | os.O_CLOEXEC)
+    opened = os.open(image, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         status = os.fstat(opened)
         devices = devices_of(image)
@@ -83,13 +87,15 @@ def attach(image: Path, *, read_only: bool, block_size: int) -> LoopDevice:
 
 def devices_of(image: Path) -> list[LoopDevice]:
     """List the devices that have just this file, by device and inode, ending ones too. Raises OSError where it cannot be opened."""
-    opened = os.open(image, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        status = os.fstat(opened)
-    finally:
-        os.close(opened)
+    status = _status_of(image)
     found = (_look(name, status) for name in _names() if has_file(name, image))
     return [device for device in found if device is not None]
+
+
+def serves(name: str, image: Path) -> bool:
+    """Tell whether the device has just this file, and keeps it. Raises OSError where the file cannot be opened."""
+    found = _look(name, _status_of(image))
+    return found is not None and not found.ending
 
 
 def backing_file(name: str) -> str | None:
@@ -114,6 +120,7 @@ def detach(name: str, image: Path, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     with suppress(FileNotFoundError), _opened(name) as device:
         if not _is_of(name, device, image):
+            _let_write(name)
             return True
         try:
             fcntl.ioctl(device, _CLEAR)
@@ -125,7 +132,23 @@ def detach(name: str, image: Path, seconds: float) -> bool:
         if time.monotonic() > deadline:
             return False
         time.sleep(_POLL_SECONDS)
+    _let_write(name)
     return True
+
+
+def _let_write(name: str) -> None:
+    """Make a device that is free writable again, for whoever has it next: BLKROSET outlasts what was attached at the time."""
+    try:
+        # Exclusively open, it cannot be attached meanwhile (LOOP_CONFIGURE answers EBUSY): somebody else's read-only device stays one.
+        with _opened(name, os.O_RDWR | os.O_EXCL) as device:
+            try:
+                _file_and_flags(device)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    _set_read_only(device, read_only=False)
+    except OSError as error:
+        if error.errno not in {errno.EBUSY, errno.ENOENT, errno.ENXIO}:
+            raise
 
 
 def is_ending(name: str) -> bool:
@@ -175,29 +198,41 @@ def _names() -> list[str]:
 
 
 def _free() -> str:
+    """Find a device that is free, and whose node no pod has: whoever cleared his device must not meet another's image there."""
     control = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
     try:
-        return f"loop{fcntl.ioctl(control, _GET_FREE)}"
+        name = f"loop{fcntl.ioctl(control, _GET_FREE)}"
+        if any(mount.root.rpartition("/")[2] == name for mount in read_mounts()):
+            name = f"loop{fcntl.ioctl(control, _ADD, -1)}"
+        return name
     finally:
         os.close(control)
 
 
 def _configure(name: str, opened: int, *, read_only: bool, block_size: int) -> bool:
     """Attach the file; False where somebody else was quicker."""
-    flags = _DIRECT_IO | (_READ_ONLY if read_only else 0)
-    info = _INFO.pack(0, 0, 0, 0, 0, 0, 0, 0, flags, b"", b"", b"", 0, 0)
-    with _opened(name, os.O_RDONLY if read_only else os.O_RDWR) as device:
+    info = _INFO.pack(0, 0, 0, 0, 0, 0, 0, 0, _DIRECT_IO, b"", b"", b"", 0, 0)
+    with _opened(name, os.O_RDWR) as device:
         try:
             fcntl.ioctl(device, _CONFIGURE, _CONFIG.pack(opened, block_size, info))
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
             return False
-        if not read_only:
-            fcntl.ioctl(
-                device, _SET_READ_ONLY, struct.pack("=i", 0)
-            )  # blockdev(8) --setro outlasts what was attached at the time
+        _set_read_only(device, read_only=read_only)
     return True
+
+
+def _set_read_only(device: int, *, read_only: bool) -> None:
+    fcntl.ioctl(device, _SET_READ_ONLY, struct.pack("=i", read_only))
+
+
+def _status_of(image: Path) -> os.stat_result:
+    opened = os.open(image, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        return os.fstat(opened)
+    finally:
+        os.close(opened)
 
 
 def _look(name: str, status: os.stat_result) -> LoopDevice | None:
@@ -205,11 +240,12 @@ def _look(name: str, status: os.stat_result) -> LoopDevice | None:
     try:
         with _opened(name) as device:
             file, flags = _file_and_flags(device)
+            read_only = bool(struct.unpack("=i", fcntl.ioctl(device, _GET_READ_ONLY, bytes(4)))[0])
     except OSError:
         return None
     if file != (status.st_dev, status.st_ino):
         return None
-    return LoopDevice(name, bool(flags & _READ_ONLY), bool(flags & _DIRECT_IO), ending=bool(flags & _AUTOCLEAR))
+    return LoopDevice(name, read_only, bool(flags & _DIRECT_IO), ending=bool(flags & _AUTOCLEAR))
 
 
 def _file_and_flags(device: int) -> tuple[tuple[int, int], int]:

@@ -51,7 +51,9 @@ class Entry:
 
 
 def digest_tree(top_fd: int, tell: Callable[[Entry], None], progress: Counts, should_stop: Callable[[], bool]) -> None:
-    """Tell of every entry below the directory that is no directory. Raises OSError for a directory that cannot be read, WalkStopped."""
+    """Tell of every entry below the directory that is no directory. Raises OSError (of a directory that cannot be read; EAGAIN
+    for a file whose write lease was not given back), WalkStopped.
+    """
     reader = _Reader(progress, should_stop)
     with beneath.opened_again(top_fd) as top, Walk(top) as walk:
         paths = [b""]
@@ -76,6 +78,7 @@ class _Reader:
     def __init__(self, progress: Counts, should_stop: Callable[[], bool]) -> None:
         self._progress = progress
         self._should_stop = should_stop
+        self._patience = beneath.Patience()
         self._linked: dict[tuple[int, int], tuple[str, int]] = {}
 
     def entry(self, directory_fd: int, name: bytes, path: bytes, tell: Callable[[Entry], None]) -> int | None:
@@ -112,7 +115,7 @@ class _Reader:
 
     def _read(self, pinned: int) -> str:
         try:
-            opened = beneath.open_pinned(pinned, os.O_RDONLY, self._should_stop)
+            opened = beneath.open_pinned(pinned, os.O_RDONLY, self._should_stop, self._patience)
             try:
                 # What the disk holds is asked, not what memory holds of it; and nobody else's files shall make room for these.
                 os.posix_fadvise(opened, 0, 0, os.POSIX_FADV_DONTNEED)

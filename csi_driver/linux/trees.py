@@ -70,7 +70,7 @@ def remove_tree(parent_fd: int, name: str | bytes, *, should_stop: Callable[[], 
 
     Modes, immutable and append-only flags and read-only btrfs subvolumes inside do not stop it. Raises FailedPrecondition when
     something is mounted in there (all else is removed; what is mounted is not touched), WalkStopped when `should_stop` said so,
-    and OSError for the rest (EIO, EROFS, EPERM without the right to clear a flag, ENOTEMPTY when others fill it as fast).
+    and OSError for the rest (EIO, EROFS, EAGAIN for write leases on immutable files, EPERM without the right to clear a flag, ENOTEMPTY when others fill it as fast).
     """
     _Removal(parent_fd, os.fsencode(name), should_stop or _never).run()
 
@@ -129,6 +129,7 @@ class _Removal:
         self._should_stop = should_stop
         self._mounted: list[bytes] = []
         self._refilled = 0
+        self._patience = beneath.Patience()
 
     def run(self) -> None:
         with beneath.opened_again(self._parent_fd) as start, Walk(start) as walk:
@@ -246,7 +247,7 @@ class _Removal:
             mode = os.fstat(pinned).st_mode
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # no others carry flags, and opening a device does things
                 return False
-            opened = beneath.open_pinned(pinned, os.O_RDONLY, self._should_stop)
+            opened = beneath.open_pinned(pinned, os.O_RDONLY, self._should_stop, self._patience)
         finally:
             os.close(pinned)
         try:

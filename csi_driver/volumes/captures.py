@@ -97,8 +97,10 @@ class Captures:
         with _opened(staging, name) as top:
             hold.begin(top)
 
-    def capture(self, store: PoolStore, source: int, staging: int, name: str, job: JobControl, hold: Hold) -> CaptureReport:
-        """Make `name` in staging hold what the directory `source` holds, on disk when this returns.
+    def capture(
+        self, store: PoolStore, source: int, staging: int, name: str, origin: str, job: JobControl, hold: Hold
+    ) -> CaptureReport:
+        """Make `name` in staging hold what the directory `source` holds, on disk when this returns; `origin` is the volume of it (turns.py).
 
         Raises JobCancelled, FailedPrecondition where a file may not be read, OSError (ENOSPC, EDQUOT: `hold` lets it have less), and
         what `hold` raises.
@@ -108,7 +110,7 @@ class Captures:
                 hold.begin(top)
                 hold.finish(top)
             return report
-        with self._turns.take(store.name, job):
+        with self._turns.take(store.name, origin, job):
             stand_back()
             files.sync_filesystem(source)  # what was written before is in the copy, also where writing it out fails only now
             self.make_empty(store, staging, name, hold)
@@ -138,6 +140,13 @@ def _copy(store: PoolStore, source: int, target: int, job: JobControl) -> CopyRe
         raise FailedPrecondition(
             f"pool {store.name}: {quoted(error.filename or 'the top', 400)} cannot be copied whole ({error.strerror}): what runs here may not "
             "read it; export an NFS pool to the controller with `no_root_squash`, or let its owner make it readable for all"
+        ) from error
+    except BlockingIOError as error:
+        if job.should_stop():
+            raise JobCancelled(f"{job.key} was stopped") from error
+        raise FailedPrecondition(
+            f"pool {store.name}: {quoted(error.filename or 'a file', 400)} cannot be copied: a program holds a write lease on it, or on several "
+            "files (fcntl(2), F_SETLEASE; /proc/locks shows them), and does not give it back; stop that program, and try again"
         ) from error
 
 

@@ -40,6 +40,7 @@ class Source:
     directory: str = ""
     bytes: int | None = None  # how much it holds, where that is known
     form: Form = A_DIRECTORY
+    origin: str = ""  # the handle of the volume that it comes from: for whom others wait in line (turns.py)
 
 
 def content_key(record_id: str) -> str:
@@ -92,19 +93,19 @@ class Contents:
         with _open_source(source) as origin, store.open(STAGING) as staging:
             job.begin("copying", source.bytes)
             if source.form.layout is Layout.IMAGE:
-                return self._copy_image(store, origin.fd, staging, name, job, size_bytes)
-            report = self._captures.capture(store, origin.fd, staging, name, job, hold or HoldNothing())
+                return self._copy_image(store, origin.fd, staging, name, source.origin, job, size_bytes)
+            report = self._captures.capture(store, origin.fd, staging, name, source.origin, job, hold or HoldNothing())
             self._dress(staging, name, ownership or Ownership())
         return report
 
     def _copy_image(
-        self, store: PoolStore, origin: int, staging: int, name: str, job: JobControl, size_bytes: int
+        self, store: PoolStore, origin: int, staging: int, name: str, from_volume: str, job: JobControl, size_bytes: int
     ) -> CaptureReport:
         """Copy an image: at once where a node has it, for a copy bit by bit would be of no moment at all."""
         before = look_at_image(origin)
         if before.held and self._captures.abilities_of(store).best not in AT_ONCE:
             raise in_use(store.name)
-        report = self._captures.capture(store, origin, staging, name, job, HoldNothing())
+        report = self._captures.capture(store, origin, staging, name, from_volume, job, HoldNothing())
         if report.method not in AT_ONCE and (before.held or look_at_image(origin) != before):
             store.trash_staging(name.partition(".")[0])
             raise in_use(store.name)

@@ -29,6 +29,7 @@ from csi_driver.volumes.jobs import Jobs
 from csi_driver.volumes.model import AccessMode, AccessType, Capability, Form, Layout, Usage, UsageSource, VolumeStats
 from csi_driver.volumes.node_state import NodeState, NodeVolumeRecord
 from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.staging import take_back
 from csi_driver.volumes.unmounting import UNMOUNT_SECONDS
 
 _SECONDS = 30.0
@@ -160,14 +161,19 @@ class ImageStaging:
             source = os.open(known.staging_path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             attributes = replace(attributes, read_only=attributes.read_only or read_only)
         else:
-            if read_only:
-                known = self._attach(known, read_only=True)
+            # Also the one that was staged: a pod that has its node may have taken the image from it (linux/loop_devices.py).
+            known = self._attach(known, read_only=read_only)
             name = known.read_only_device if read_only else known.device
             source = os.open(loop_devices.node_of(name), os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             mounts.bind(source, target, attributes)
         finally:
             os.close(source)
+        if known.form.access_type is AccessType.BLOCK and not image_child.serves(self.place_of(known), name, _SECONDS):
+            take_back(target)
+            raise Unavailable(
+                f"volume {quoted(known.handle)}: somebody took the image from {name} on this node just now; try again"
+            )
         return known
 
     def stats(self, known: NodeVolumeRecord) -> VolumeStats:

@@ -37,7 +37,8 @@ class Sources:
             _, record = self._find(source)  # it may have gone, and its directory be another's, before it was held
             directory = record.directory if isinstance(record, VolumeRecord) else ""
             known = record.capture.bytes if isinstance(record, SnapshotRecord) and record.capture else None
-            yield Source(store, source.kind, record.id, directory, known, record.form)
+            origin = record.source_handle if isinstance(record, SnapshotRecord) else record.handle
+            yield Source(store, source.kind, record.id, directory, known, record.form, origin)
 
     def volume(self, handle: str) -> tuple[PoolStore, VolumeRecord]:
         """Find a volume to take a snapshot of. Raises NotFound, FailedPrecondition where it is another node's."""

@@ -94,7 +94,7 @@ class Verifier:
     def _read(self, source: Source, record: SnapshotRecord, job: JobControl) -> Iterator[Manifest]:
         captured = record.capture.bytes if record.capture else None  # without holes, which are not read
         job.begin("verifying", captured if captured is not None else record.manifest.bytes if record.manifest else None)
-        with self._contents.open(source) as content, self._turns.take(source.store.name, job):
+        with self._contents.open(source) as content, self._turns.take(source.store.name, record.source_handle, job):
             stand_back()
             with read_manifest(source.store, content, job) as found:
                 yield found

@@ -1,9 +1,11 @@
 """Copies are compared by manifests: everything that can be asked about every entry, by name."""
 
 import errno
+import fcntl
 import hashlib
 import os
 import resource
+import signal
 import socket
 import stat
 import struct
@@ -12,6 +14,7 @@ import sys
 import threading
 import time
 import tracemalloc
+from contextlib import contextmanager
 
 import pytest
 
@@ -330,7 +333,14 @@ def test_a_name_that_is_taken_in_the_copy_is_left_as_it_is_over_a_network_too(no
     before = manifest(nodev_room / "target")
     ends = [open_directory(nodev_room / name) for name in ("source", "target")]
     shared = Shared(
-        copies.Progress(), HardLinks(ends[1]), threading.Lock(), METHODS, lambda: False, over_network=True, openable=True
+        copies.Progress(),
+        HardLinks(ends[1]),
+        threading.Lock(),
+        METHODS,
+        lambda: False,
+        beneath.Patience(),
+        over_network=True,
+        openable=True,
     )
     Carrier(shared).carry(Folder(*ends, os.fstat(ends[0]), Place(b"", None)), b"name", 8, enter=False)
     assert differences(manifest(nodev_room / "target"), before) == set()
@@ -350,7 +360,10 @@ def test_a_device_in_place_of_a_file_is_opened_on_no_mount(mount_room, nodev_roo
         if openable:
             with pytest.raises(PermissionError):
                 beneath.open_file(ends[0], b"name")
-        shared = Shared(copies.Progress(), HardLinks(ends[1]), threading.Lock(), METHODS, lambda: False, openable=openable)
+        links = HardLinks(ends[1])
+        shared = Shared(
+            copies.Progress(), links, threading.Lock(), METHODS, lambda: False, beneath.Patience(), openable=openable
+        )
         Carrier(shared).carry(Folder(*ends, os.fstat(ends[0]), Place(b"", None)), b"name", 8, enter=False)
         assert stat.S_ISCHR((room / "target" / "name").stat().st_mode)
         for descriptor in ends:
@@ -575,6 +588,34 @@ def test_a_copy_stops_between_entries_and_inside_a_large_file(plain_room):
             )
         assert 0 < progress.bytes < 40 * MIB
         remove(plain_room / "target")
+
+
+@contextmanager
+def leased(paths):
+    """Hold write leases on files and never give them back."""
+    told = signal.signal(signal.SIGIO, signal.SIG_IGN)  # the kernel's request to do so
+    held = [os.open(path, os.O_RDWR) for path in paths]
+    try:
+        for descriptor in held:
+            fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        yield
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        signal.signal(signal.SIGIO, told)
+
+
+@pytest.mark.parametrize("workers", [1, 8])
+def test_a_copy_waits_for_write_leases_once_however_many_files_have_them(plain_room, workers):
+    source = plain_room / "source"
+    source.mkdir()
+    for number in range(20):
+        (source / f"{number:02}").write_bytes(b"content")
+    began = time.monotonic()
+    with leased(source.iterdir()), pytest.raises(BlockingIOError) as refused:
+        copy(source, plain_room / "target", workers=workers, patience=beneath.Patience(1.0))
+    assert 0.9 < time.monotonic() - began < 10
+    assert (source / refused.value.filename).exists()
 
 
 def test_a_file_that_grows_is_copied_up_to_where_it_was(plain_room):

@@ -185,15 +185,17 @@ def unmount_below(path: Path) -> None:
 
 
 @contextmanager
-def copying_stands_still_at(path: Path) -> Iterator[None]:
-    """Let a copy that comes to this file wait there, as behind any tenant's write lease (fcntl(2)); it goes on afterwards."""
+def copying_stands_still_at(*paths: Path) -> Iterator[None]:
+    """Let a copy that comes to such a file wait there, as behind any tenant's write lease (fcntl(2)); it goes on afterwards."""
     told = signal.signal(signal.SIGIO, signal.SIG_IGN)  # the kernel's request to give the lease back
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    descriptors = [os.open(path, os.O_RDWR | os.O_CREAT) for path in paths]
     try:
-        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        for descriptor in descriptors:
+            fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
         yield
     finally:
-        os.close(descriptor)
+        for descriptor in descriptors:
+            os.close(descriptor)
         signal.signal(signal.SIGIO, told)
 
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from bench import MIB, Bench, make_bench
+from bench import MIB, Bench, make_bench, until
 from trees import fill, seen
 
 from csi_driver.config import HostPathPool
@@ -345,7 +345,7 @@ def test_a_third_copy_in_a_pool_waits_for_its_turn_says_so_and_can_be_cancelled_
     release, began = threading.Event(), []
 
     def work(job):
-        with turns.take("pool", job):
+        with turns.take("pool", f"volume of {job.key}", job):
             began.append(job.key)
             release.wait(20)
 
@@ -355,15 +355,76 @@ def test_a_third_copy_in_a_pool_waits_for_its_turn_says_so_and_can_be_cancelled_
         time.sleep(0.05)
     assert began == ["job-0", "job-1"]
     assert jobs[2].describe() == "waits for its turn, 1 before it"
-    with turns.take("another pool", JobControl("elsewhere")):
+    with turns.take("another pool", "volume", JobControl("elsewhere")):
         pass
     jobs[3].cancelled.set()
-    with pytest.raises(JobCancelled), turns.take("pool", jobs[3]):
+    with pytest.raises(JobCancelled), turns.take("pool", "volume", jobs[3]):
         pass
     release.set()
     for thread in threads:
         thread.join()
     assert began == ["job-0", "job-1", "job-2"]
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_many_copies_of_one_volume_let_those_of_others_go_first(at_once):
+    turns, began, go_on = Turns(at_once), [], threading.Semaphore(0)
+
+    def work(job, origin):
+        with turns.take("pool", origin, job):
+            began.append(job.key)
+            assert go_on.acquire(timeout=20)
+
+    def ask(key, origin):
+        job = JobControl(key)
+        thread = threading.Thread(target=work, args=(job, origin))
+        thread.start()
+        until(lambda: job.ahead or key in began)
+        return thread
+
+    threads = [ask(f"many-{number}", "one volume") for number in range(6)]
+    threads += [ask("another", "another volume"), ask("third", "third volume"), ask("another's second", "another volume")]
+    for _ in threads:
+        before = len(began)
+        go_on.release()
+        until(lambda: len(began) > before or len(began) == len(threads))  # noqa: B023 - at once
+    for thread in threads:
+        thread.join(20)
+    first = [f"many-{number}" for number in range(at_once)]
+    assert began[:at_once] == first
+    assert {"another", "third"} <= set(began[at_once : at_once + 3])
+    assert began.index("another's second") < began.index(f"many-{at_once + 2}")
+    assert [key for key in began if key.startswith("many")] == [f"many-{number}" for number in range(6)]
+
+
+def test_nobody_who_waits_is_passed_without_end():
+    """Whoever has been in line longest has his turn, also where new ones come before each other."""
+    turns, began, go_on = Turns(1), [], threading.Semaphore(0)
+
+    def work(job, origin):
+        with turns.take("pool", origin, job):
+            began.append(job.key)
+            assert go_on.acquire(timeout=20)
+
+    threads = []
+
+    def ask(key, origin):
+        job = JobControl(key)
+        threads.append(threading.Thread(target=work, args=(job, origin)))
+        threads[-1].start()
+        until(lambda: job.ahead or key in began)
+
+    ask("many-0", "one volume")
+    ask("many-1", "one volume")
+    for number in range(3):
+        ask(f"new-{number}", f"new volume {number}")
+        go_on.release()
+        until(lambda: len(began) == number + 2)  # noqa: B023 - at once
+    assert began.index("many-1") <= 2
+    for _ in threads:
+        go_on.release()
+    for thread in threads:
+        thread.join(20)
 
 
 def test_a_copy_that_outlasts_its_call_says_how_far_it_is(tmp_path, make_disk):

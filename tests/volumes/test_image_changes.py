@@ -9,7 +9,21 @@ from pathlib import Path
 
 import pytest
 from bench import Bench, make_bench
-from images import LEAST, MIB, block, devices_below, filesystem, make_image, take_down
+from images import (
+    CHANGE_FD,
+    CLR_FD,
+    LEAST,
+    MIB,
+    SET_FD,
+    SET_READ_ONLY,
+    ask_without_capabilities,
+    block,
+    devices_below,
+    devices_of,
+    filesystem,
+    make_image,
+    take_down,
+)
 
 from csi_driver.config import HostPathPool
 from csi_driver.errors import FailedPrecondition, InvalidArgument, OutOfRange
@@ -79,12 +93,19 @@ def test_a_class_of_directories_refuses_block_and_says_what_to_use(bench):
 
 
 @pytest.mark.parametrize("how", ["readonly", "mode"])
-def test_read_only_block_refuses_writes_also_after_its_user_has_asked_the_kernel_for_more(bench, how):
+def test_read_only_block_refuses_writes_and_another_file_also_after_its_user_has_asked_the_kernel_for_more(
+    bench, how, tmp_path
+):
     handle = make_image(bench, "v", block()).record.handle
     capability = block(AccessMode.SINGLE_NODE_READER_ONLY) if how == "mode" else block()
     bench.stage(handle, capability)
     target = bench.publish(handle, "reader", capability, readonly=how == "readonly")
-    subprocess.run(["blockdev", "--setrw", target], check=False, capture_output=True)
+    other = tmp_path / "other/image"
+    other.parent.mkdir()
+    other.write_bytes(b"x" * 16 * MIB)
+    assert ask_without_capabilities(target, SET_READ_ONLY) != ""
+    assert ask_without_capabilities(target, CHANGE_FD, other) != ""
+    assert target.read_bytes()[:4] == bytes(4)
     with pytest.raises(OSError, match=r"Read-only|not permitted|Input/output"), target.open("r+b", buffering=0) as device:
         device.write(b"x" * 4096)
         os.fsync(device)
@@ -92,6 +113,30 @@ def test_read_only_block_refuses_writes_also_after_its_user_has_asked_the_kernel
         writer = bench.publish(handle, "writer", block())
         with writer.open("r+b") as device:
             device.write(b"fine")
+
+
+def test_a_pod_that_takes_the_image_from_its_device_changes_nothing_for_the_next(bench, tmp_path):
+    handle = make_image(bench, "v", block()).record.handle
+    bench.stage(handle, block())
+    first = bench.publish(handle, "first", block())
+    with first.open("r+b") as device:
+        device.write(b"mine")
+    other = tmp_path / "of-the-pod"
+    other.write_bytes(b"x" * 16 * MIB)
+    (taken,) = devices_below(bench.root)
+    assert ask_without_capabilities(first, CLR_FD) == ""
+    with pytest.raises(FailedPrecondition, match="not staged"):
+        bench.publish(handle, "second", block())
+    ask_without_capabilities(first, SET_FD, other)  # or another program of this machine has the number by now
+    bench.stage(handle, block())
+    second = bench.publish(handle, "second", block())
+    assert second.read_bytes()[:4] == b"mine"
+    assert devices_below(bench.root) != [taken]
+    for pod in (first, second):
+        bench.node.unpublish(handle, str(pod))
+    bench.node.unstage(handle, bench.staging_of(handle))
+    assert devices_below(bench.root) == []
+    assert all(subprocess.run(["losetup", "-d", f"/dev/{name}"], check=False).returncode == 0 for name in devices_of(other))
 
 
 def test_block_is_published_once_and_again_after_a_restart(bench):

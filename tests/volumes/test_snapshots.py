@@ -161,6 +161,20 @@ def test_a_long_copy_is_joined_and_shown_only_when_it_is_whole(bench, source):
     assert seen(content(bench, snapshot)) == seen(bench.path(source))
 
 
+@pytest.mark.minutes
+def test_leases_on_many_files_end_a_capture_after_a_minute_and_leave_nothing(bench, source):
+    leased = [bench.path(source) / f"leased{number}" for number in range(20)]
+    began = time.monotonic()
+    with copying_stands_still_at(*leased):
+        with pytest.raises(FailedPrecondition, match=r"'leased\d+' cannot be copied: a program holds a write lease"):
+            bench.snapshots.create(CreateSnapshot("s", source.record.handle), began + 300)
+        assert time.monotonic() - began < 100
+        bench.sweep()
+        assert listed(bench) == []
+        assert bench.leftovers() == []
+    assert seen(content(bench, bench.snapshot("s", source))) == seen(bench.path(source))
+
+
 def test_deleting_a_snapshot_that_is_being_cut_stops_it(bench, source):
     handle = bench.pool().handle_of(bench.pool().id_of("snapshot", "s"))
     with copying_stands_still_at(bench.path(source) / "leased"):
