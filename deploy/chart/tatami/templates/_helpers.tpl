@@ -34,6 +34,11 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- range .Values.nfs.pools }}{{ if .data }}true{{ end }}{{ end -}}
 {{- end -}}
 
+{{/* Whether pod authors may have volumes of their own in one of these pools: .Values.hostpath.pools */}}
+{{- define "tatami.inline" -}}
+{{- range . }}{{ if .inline }}true{{ end }}{{ end -}}
+{{- end -}}
+
 {{- define "tatami.snapshots" -}}
 {{- if or (eq .Values.snapshots "always") (and (eq .Values.snapshots "auto") (.Capabilities.APIVersions.Has "snapshot.storage.k8s.io/v1")) }}true{{ end -}}
 {{- end -}}
