@@ -45,6 +45,15 @@ def test_writes_stop_at_the_size_and_go_on_after_an_expansion_under_the_running_
     assert story.k.get("pod", "writer")["status"]["containerStatuses"][0]["restartCount"] == 0
 
 
+def test_a_directory_grows_while_it_is_used(story: Story):
+    story.make(claim("data"))
+    story.run(pod("writer", {"/data": of_claim("data")}))
+    story.k.sh("writer", "echo first > /data/letter")
+    story.resize("data", "2Gi")
+    story.resized("data", "2Gi")
+    assert story.k.sh("writer", "cat /data/letter") == "first\n"
+
+
 def test_a_volume_that_grows_while_nobody_uses_it_is_larger_for_its_next_pod(story: Story):
     _image(story, "400Mi")
     story.k.delete("pod", "writer")

@@ -120,17 +120,21 @@ projected:
 
 {{/* The driver's probes over HTTP. */}}
 {{- define "tatami.probes.http" -}}
+# Asked every second until it serves, so that an upgrade goes on to the next node as soon as this one is back.
+startupProbe:
+  httpGet: {path: /healthz, port: metrics}
+  periodSeconds: 1
+  timeoutSeconds: 5
+  failureThreshold: 120
 # Liveness waits for nothing but the driver itself; a restart would bring no pool back.
 livenessProbe:
   httpGet: {path: /healthz, port: metrics}
-  initialDelaySeconds: 10
   periodSeconds: 20
   timeoutSeconds: 5
   failureThreshold: 5
 readinessProbe:
   httpGet: {path: /readyz, port: metrics}
-  initialDelaySeconds: 2
-  periodSeconds: 10
+  periodSeconds: 5
   timeoutSeconds: 5
 {{- end -}}
 
