@@ -67,7 +67,7 @@ class Story:
 
     def pods(self, app: str) -> list[Object]:
         """List the pods of a workload that are not going away."""
-        return [pod for pod in self.k.find("pods", f"--selector=app={app}") if "deletionTimestamp" not in pod["metadata"]]
+        return [pod for pod in self.k.find("pods", f"app={app}") if "deletionTimestamp" not in pod["metadata"]]
 
     def pods_ready(self, app: str, count: int, seconds: float = 90) -> list[Object]:
         """Wait until a workload has this many ready pods and return them, by name."""

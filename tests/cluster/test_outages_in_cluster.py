@@ -102,7 +102,7 @@ def _reads_all(story: Story, name: str) -> None:
 
 
 def _driver_pods() -> list[str]:
-    selector = "--selector=app.kubernetes.io/component=hostpath-node"
+    selector = "app.kubernetes.io/component=hostpath-node"
     return [item["metadata"]["name"] for item in Kubectl(driver.NAMESPACE).find("pods", selector)]
 
 
@@ -177,8 +177,7 @@ def test_an_upgrade_of_the_driver_disturbs_no_writer(story: Story, writers):
     try:
         wait_until("the new pods", lambda: _driver_ready() and not pods & set(_driver_pods()), 120)
         running = [
-            item["spec"]["containers"][0]["image"]
-            for item in client.find("pods", "--selector=app.kubernetes.io/component=hostpath-node")
+            item["spec"]["containers"][0]["image"] for item in client.find("pods", "app.kubernetes.io/component=hostpath-node")
         ]
         assert running == [newer] * len(story.nodes)
         _check_writers(story, before)
