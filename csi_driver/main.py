@@ -201,8 +201,7 @@ def _installation(options: ServeOptions, settings: DriverSettings) -> Installati
     if options.role == "expansion":
         if places[0].shared:
             raise ConfigError("--role expansion is for pools of nodes: shared ones are expanded by their controller")
-        names = tuple(pool.name for pool in places)
-        return dataclasses.replace(_installed(options, settings, {}, node_id, None, state_directory), expansion=names)
+        return dataclasses.replace(_installed(options, settings, {}, node_id, None, state_directory), expansion=True)
     directories = {pool.name: HostPathBackend(pool, topology) for pool in places}
     return _installed(options, settings, directories, node_id, None if places[0].shared else topology, state_directory)
 

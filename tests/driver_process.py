@@ -106,5 +106,7 @@ class DriverProcess:
 
 def write_pools(home: Path, extra: str = "") -> Path:
     config = home / "pools.toml"
-    config.write_text(f'[driver]\nbackend = "hostpath"\n{extra}\n[pools.default]\npath = "{home}/pools/default"\n')
+    config.write_text(
+        f'[driver]\nbackend = "hostpath"\n{extra}\n[pools.default]\npath = "{home}/pools/default"\ninline = true\n'
+    )
     return config

@@ -69,7 +69,7 @@ class PoolBackend(Protocol):
 
     @property
     def inline(self) -> bool:
-        """Whether pod authors may name this pool in an inline volume."""
+        """Whether the pool takes inline volumes, which pod authors write and no ResourceQuota counts."""
 
     @property
     def budget(self) -> Budget:

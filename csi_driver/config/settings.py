@@ -38,7 +38,7 @@ class HostPathPool:
     name: str
     path: Path
     shared: bool = False
-    inline: bool = False  # whether pod authors may name this pool in inline volumes
+    inline: bool = False  # whether the pool takes inline volumes, which pod authors write and no quota of claims counts
     budget: Budget = Budget()
 
 

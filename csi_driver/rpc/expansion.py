@@ -1,7 +1,9 @@
-"""The Controller service of a process that serves expansions of node-local pools, and nothing else.
+"""What external-resizer asks of a process that stands beside it for pools of nodes: who expands their volumes.
 
-external-resizer knows no mode in which each node has its own, so one serves all nodes; the driver beside it says that there is
-something to do on the node, and the kubelet there calls NodeExpandVolume, which knows the volume.
+external-resizer knows no mode in which each node has its own, so one serves all nodes. It asks for the driver's capabilities: where
+the nodes can expand volumes and no controller does, it writes down the size that is wanted and leaves the work to the kubelet,
+which calls NodeExpandVolume. A size that the node refuses can then be taken back: external-resizer 2.3 goes on with a claim's lower
+request only where no controller has expanded the volume (expand_and_recover.go, NodeResizeInfeasible).
 """
 
 # The names and arguments are those of the generated servicers.
@@ -10,30 +12,26 @@ something to do on the node, and the kubelet there calls NodeExpandVolume, which
 import grpc
 
 from csi_driver.rpc import csi_pb2 as csi
-from csi_driver.rpc import requests
-from csi_driver.rpc.csi_pb2_grpc import ControllerServicer
-from csi_driver.volumes.services import ExpansionService
+from csi_driver.rpc.csi_pb2_grpc import ControllerServicer, NodeServicer
 
-_RPC = csi.ControllerServiceCapability.RPC
+_Context = grpc.ServicerContext
+_EXPANDS = csi.NodeServiceCapability.RPC.EXPAND_VOLUME
 
 
 class ExpansionController(ControllerServicer):
-    """Expansions, left to the node. Every other call is UNIMPLEMENTED."""
-
-    def __init__(self, expansion: ExpansionService) -> None:
-        self._expansion = expansion
+    """A controller that can do nothing. Every other call is UNIMPLEMENTED."""
 
     def ControllerGetCapabilities(
-        self, request: csi.ControllerGetCapabilitiesRequest, context: grpc.ServicerContext
+        self, request: csi.ControllerGetCapabilitiesRequest, context: _Context
     ) -> csi.ControllerGetCapabilitiesResponse:
-        kinds = (_RPC.EXPAND_VOLUME, _RPC.SINGLE_NODE_MULTI_WRITER)
-        return csi.ControllerGetCapabilitiesResponse(
-            capabilities=[csi.ControllerServiceCapability(rpc=_RPC(type=kind)) for kind in kinds]
-        )
+        return csi.ControllerGetCapabilitiesResponse()
 
-    def ControllerExpandVolume(
-        self, request: csi.ControllerExpandVolumeRequest, context: grpc.ServicerContext
-    ) -> csi.ControllerExpandVolumeResponse:
-        handle, capacity, _ = requests.parse_expand(request)
-        size = self._expansion.expand(handle, capacity)
-        return csi.ControllerExpandVolumeResponse(capacity_bytes=size, node_expansion_required=True)
+
+class ExpansionNode(NodeServicer):
+    """What the nodes can do, said in their place. Every other call is UNIMPLEMENTED."""
+
+    def NodeGetCapabilities(
+        self, request: csi.NodeGetCapabilitiesRequest, context: _Context
+    ) -> csi.NodeGetCapabilitiesResponse:
+        expands = csi.NodeServiceCapability(rpc=csi.NodeServiceCapability.RPC(type=_EXPANDS))
+        return csi.NodeGetCapabilitiesResponse(capabilities=[expands])

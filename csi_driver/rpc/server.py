@@ -19,7 +19,7 @@ from csi_driver.errors import FailedPrecondition
 from csi_driver.rpc import csi_pb2, csi_pb2_grpc
 from csi_driver.rpc.calls import Calls
 from csi_driver.rpc.controller import Controller
-from csi_driver.rpc.expansion import ExpansionController
+from csi_driver.rpc.expansion import ExpansionController, ExpansionNode
 from csi_driver.rpc.group_controller import GroupController
 from csi_driver.rpc.identity import Identity
 from csi_driver.rpc.lanes import LANES, Lane, Lanes
@@ -113,8 +113,8 @@ class CsiServer:
             csi_pb2_grpc.add_ControllerServicer_to_server(controller, self._server)
         if services.expansion:
             # The stubs call every method abstract; at run time the generated base answers UNIMPLEMENTED.
-            expansions = ExpansionController(services.expansion)  # type: ignore[abstract]
-            csi_pb2_grpc.add_ControllerServicer_to_server(expansions, self._server)
+            csi_pb2_grpc.add_ControllerServicer_to_server(ExpansionController(), self._server)  # type: ignore[abstract]
+            csi_pb2_grpc.add_NodeServicer_to_server(ExpansionNode(), self._server)  # type: ignore[abstract]
         if services.groups:
             csi_pb2_grpc.add_GroupControllerServicer_to_server(GroupController(services.groups), self._server)
         if services.node:

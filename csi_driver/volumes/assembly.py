@@ -16,7 +16,6 @@ from csi_driver.volumes.attachments import Attachments
 from csi_driver.volumes.capacity import PoolCapacity
 from csi_driver.volumes.captures import Captures
 from csi_driver.volumes.contents import Contents
-from csi_driver.volumes.expansion import NodeExpansion
 from csi_driver.volumes.groups import Groups
 from csi_driver.volumes.health import Health
 from csi_driver.volumes.image_staging import ImageStaging, boot_id
@@ -65,8 +64,8 @@ class Installation:
     max_volumes_per_node: int = 0
     controller: bool = True
     node: bool = True
-    expansion: Sequence[str] = ()
-    """Names of other nodes' pools, whose expansions are passed on to the nodes. Then nothing else is served, and nothing kept."""
+    expansion: bool = False
+    """Says that the nodes expand their volumes themselves. Then nothing else is served, and nothing kept."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class Domain:
         A pool behind a server is another matter: whatever is wrong with it, the others are served, and it is tried again when it is
         asked for. A node alone leaves it be: it mounts volumes, not pools.
         """
-        if self.services.expansion is not None:
+        if self.services.expansion:
             return
         self.state.prepare()
         known = self.state.identities()
@@ -170,7 +169,7 @@ def assemble(installation: Installation) -> Domain:
         node=Node(info, pools, node_volumes, stager, publisher, UsageCounter(node_jobs), health, provisioner, limits)
         if installation.node
         else None,
-        expansion=NodeExpansion(installation.expansion) if installation.expansion else None,
+        expansion=installation.expansion,
     )
     # A node alone does not sweep what lies behind a server: there the controller does.
     swept = {name: store for name, store in stores.items() if controller or not store.backend.remote}

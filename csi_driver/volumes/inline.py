@@ -1,6 +1,7 @@
 """Inline ephemeral volumes: made when a pod is published, gone with it.
 
-Pod authors write these, so they say a size and, where the admin allows it, a pool; nothing else.
+Pod authors write these, so they say a size and a pool, and nothing else. No claim stands for them, so no ResourceQuota counts them:
+only pools of which the admin says so (`inline`) take them, the default pool being no exception.
 """
 
 import time
@@ -41,22 +42,22 @@ class InlineVolumes:
 
     def choose_pool(self, volume_context: Mapping[str, str]) -> PoolStore:
         """Find the pool for a pod's volume. Raises InvalidArgument."""
-        parameters = parse_inline_parameters(volume_context)
-        if parameters.pool is not None:
-            store = self._pools.find(parameters.pool)
-            if store is None or not store.backend.inline:
-                allowed = (
-                    ", ".join(pool.name for pool in self._pools if pool.backend.inline)
-                    or "none (`inline = true` in pools.toml)"
-                )
-                raise InvalidArgument.field('volume_context["pool"]', parameters.pool, f"pools that pods may name: {allowed}")
-            return store
-        default = self._pools.find(self._pools.default) if self._pools.default is not None else None
-        if default is None:
+        named = parse_inline_parameters(volume_context).pool
+        name = named or self._pools.default
+        if name is None:
             raise InvalidArgument(
                 f'volume_context["pool"] is missing: there is no default pool; there are {self._pools.names()}'
             )
-        return default
+        store = self._pools.find(name)
+        if store is not None and store.backend.inline:
+            return store
+        allowed = ", ".join(pool.name for pool in self._pools if pool.backend.inline)
+        said = f"pools that take inline volumes: {allowed or 'none (`inline = true` in pools.toml)'}"
+        if named is None:
+            raise InvalidArgument(
+                f'volume_context["pool"] is missing, and the default pool {name} takes no inline volumes; {said}'
+            )
+        raise InvalidArgument.field('volume_context["pool"]', named, said)
 
     def create(self, handle: str, store: PoolStore, capability: Capability, volume_context: Mapping[str, str]) -> VolumeRecord:
         """Make the volume in `store`, or find the one that was made. Raises InvalidArgument, ResourceExhausted."""

@@ -73,6 +73,7 @@ class PoolStore:
         self._preparing = threading.Lock()
         self._prepared_generation: int | None = None
         self._identity: str | None = None
+        self.node_id = node_id
         self.node_tag = node_tag(node_id) if backend.node_local else None
         self.volumes = RecordFolder(VolumeRecord, f"{self.name}:{CONTROL}/{VOLUMES}", lambda: self.open(VOLUMES))
         self.snapshots = RecordFolder(SnapshotRecord, f"{self.name}:{CONTROL}/{SNAPSHOTS}", lambda: self.open(SNAPSHOTS))
@@ -330,6 +331,14 @@ class PoolStore:
         return any(all(segments.get(key) == value for key, value in own.items()) for segments in requisite)
 
 
+_SOURCE_ELSEWHERE = (
+    "Restore or clone with a StorageClass that has volumeBindingMode: Immediate (the chart's tatami-copies), and the pod follows its "
+    "volume; or put the pod on the source's node: the nodeAffinity of the source claim's PersistentVolume names it, and the label "
+    "snapshot.storage.kubernetes.io/managed-by of a VolumeSnapshotContent"
+)
+"""What an admin reads in the events of a claim that waits for its first consumer (WaitForFirstConsumer) on the wrong node."""
+
+
 class Pools:
     """All pools of an installation."""
 
@@ -362,7 +371,9 @@ class Pools:
                 "its data may still exist; configure the pool again"
             )
         if handle.node_tag != store.node_tag:
-            raise ForeignNode(f"{quoted(text)} lives on another node (tag {handle.node_tag}, this node has {store.node_tag})")
+            raise ForeignNode(
+                f"{quoted(text)} lives on another node (tag {handle.node_tag}) than {store.node_id} (tag {store.node_tag})"
+            )
         return store, handle.id
 
     def locate_source(self, text: str) -> tuple[PoolStore, str] | None:
@@ -370,7 +381,7 @@ class Pools:
         try:
             return self.locate(text)
         except ForeignNode as error:
-            raise ResourceExhausted(f"the content source {error}") from error
+            raise ResourceExhausted(f"the content source {error}. {_SOURCE_ELSEWHERE}") from error
 
 
 class ForeignNode(FailedPrecondition):

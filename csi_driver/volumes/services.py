@@ -47,13 +47,6 @@ class VolumeService(Protocol):
     def modify(self, handle: str, on_delete: OnDelete | None) -> None: ...
 
 
-class ExpansionService(Protocol):
-    """Implemented in `expansion.py`: what a process can say about expansions that are the nodes' own work."""
-
-    def expand(self, handle: str, capacity: CapacityRange) -> int:
-        """Return the size in bytes that NodeExpandVolume is to give the volume."""
-
-
 class AttachmentService(Protocol):
     """Implemented in `attachments.py`."""
 
@@ -128,4 +121,5 @@ class Services:
     groups: GroupService | None = None
     capacity: CapacityService | None = None
     node: NodeService | None = None
-    expansion: ExpansionService | None = None
+    expansion: bool = False
+    """Whether the process stands beside external-resizer for pools of nodes, and says that the nodes expand."""

@@ -23,6 +23,8 @@ REGISTRY = "localhost"
 HOSTPATH = "hostpath.csi.tatami.dev"
 POOL = Path("/var/lib/tatami/default")
 """Where the nodes' pool lies on each of them."""
+CAPACITY_SECONDS = 10
+"""How often the provisioners look at the pools' room. external-provisioner's default is a minute, for which stories would wait."""
 
 
 def values(tag: str, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -34,6 +36,7 @@ def values(tag: str, changes: Mapping[str, Any] | None = None) -> dict[str, Any]
         "logLevel": "debug",
         "logFormat": "text",
         "hostpath": {"pools": pools},
+        "sidecars": {"provisioner": {"extraArgs": [f"--capacity-poll-interval={CAPACITY_SECONDS}s"]}},
     }
     return mine | dict(changes or {})
 

@@ -1,11 +1,14 @@
-"""kubectl: objects are dicts in, dicts out; waiting has a deadline and says what it saw last."""
+"""kubectl: objects are dicts in, dicts out; waiting has a deadline and says what it saw last. Objects are read without it (api.py)."""
 
 import json
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+from cluster.api import Api, NotThere
 from cluster.layout import BINARIES, KUBECONFIG
 from cluster.progress import wait_until
 
@@ -21,6 +24,7 @@ class Kubectl:
 
     def __init__(self, namespace: str = "default", kubeconfig: Path = KUBECONFIG) -> None:
         self.namespace = namespace
+        self._kubeconfig = kubeconfig
         self._base = [str(BINARIES / "kubectl"), f"--kubeconfig={kubeconfig}", f"--namespace={namespace}"]
 
     def run(self, *arguments: str, stdin: str = "", timeout: float = 60) -> str:
@@ -41,16 +45,26 @@ class Kubectl:
         self.run("create", "-f", "-", stdin=json.dumps(item))
 
     def get(self, kind: str, name: str) -> Object:
-        """Return an object. Raises KubectlError when there is none."""
-        return json.loads(self.run("get", kind, name, "-o", "json"))
+        """Return an object. Raises NotThere when there is none."""
+        found: Object = self._api.read(f"{self._api.path(kind, self.namespace)}/{quote(name)}")
+        return found
 
-    def find(self, kind: str, *arguments: str) -> list[Object]:
-        """List objects; `arguments`: selectors."""
-        return json.loads(self.run("get", kind, "-o", "json", *arguments))["items"]
+    def find(self, kind: str, selector: str = "") -> list[Object]:
+        """List objects; `selector`: of labels."""
+        query = f"?labelSelector={quote(selector)}" if selector else ""
+        found: list[Object] = self._api.read(self._api.path(kind, self.namespace) + query)["items"]
+        return found
 
     def exists(self, kind: str, name: str) -> bool:
         """Say whether there is such an object."""
-        return bool(self.run("get", kind, name, "--ignore-not-found", "-o", "name").strip())
+        try:
+            return bool(self.get(kind, name))
+        except NotThere:
+            return False
+
+    @property
+    def _api(self) -> Api:
+        return _api(self._kubeconfig, self._kubeconfig.stat().st_mtime_ns)
 
     def delete(self, kind: str, *names: str, wait: bool = True, timeout: float = 90, now: bool = False) -> None:
         """Delete objects and, unless told otherwise, wait until they are gone. `now`: with a grace period of one second."""
@@ -89,7 +103,7 @@ class Kubectl:
 
     def events(self, about: str = "") -> list[str]:
         """Return the namespace's events, oldest first, as `reason object: message`; `about`: the name of one object."""
-        items = self.find("events", "--sort-by=.lastTimestamp")
+        items = sorted(self.find("events"), key=lambda item: item.get("lastTimestamp") or item.get("eventTime") or "")
         return [
             f"{item.get('reason', '')} {item['involvedObject']['kind']}/{item['involvedObject'].get('name', '')}: {item.get('message', '')}"
             for item in items
@@ -101,3 +115,9 @@ def ready(item: Mapping[str, Any], kind: str = "Ready") -> bool:
     """Say whether a condition of an object is true."""
     conditions: Sequence[Mapping[str, Any]] = item.get("status", {}).get("conditions", [])
     return any(condition["type"] == kind and condition["status"] == "True" for condition in conditions)
+
+
+@lru_cache
+def _api(kubeconfig: Path, _written: int) -> Api:
+    """A cluster that was made anew has another certificate and other tokens."""
+    return Api(kubeconfig)

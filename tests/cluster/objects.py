@@ -33,11 +33,15 @@ def pod(
     command: Sequence[str] = FOREVER,
     node: str = "",
     mount: Mapping[str, Any] | None = None,
+    devices: Mapping[str, Object] | None = None,
     labels: Mapping[str, str] | None = None,
     **spec: Any,
 ) -> Object:
-    """A pod with one container; `volumes`: path in it -> volume; `mount`: more of each volumeMount; `node`: where it has to run."""
-    template = pod_template(volumes or {}, command=command, mount=mount, labels=labels, **spec)
+    """A pod with one container; `volumes`: path in it -> volume; `mount`: more of each volumeMount; `node`: where it has to run.
+
+    `devices`: path in it -> volume of raw blocks.
+    """
+    template = pod_template(volumes or {}, command=command, mount=mount, devices=devices, labels=labels, **spec)
     if node:
         template["spec"]["nodeSelector"] = {"kubernetes.io/hostname": node}
     template["metadata"]["name"] = name
@@ -49,23 +53,26 @@ def pod_template(
     *,
     command: Sequence[str] = FOREVER,
     mount: Mapping[str, Any] | None = None,
+    devices: Mapping[str, Object] | None = None,
     labels: Mapping[str, str] | None = None,
     **spec: Any,
 ) -> Object:
     """What a Deployment or StatefulSet makes pods of."""
-    names = {path: f"volume-{number}" for number, path in enumerate(volumes)}
+    sources = {**volumes, **(devices or {})}
+    names = {path: f"volume-{number}" for number, path in enumerate(sources)}
     container = {
         "name": "main",
         "image": BUSYBOX,
         "imagePullPolicy": "Never",
         "command": list(command),
         "volumeMounts": [{"name": names[path], "mountPath": path, **(mount or {})} for path in volumes],
+        "volumeDevices": [{"name": names[path], "devicePath": path} for path in devices or {}],
     }
     return {
         "metadata": {"labels": dict(labels or {})},
         "spec": {
             "containers": [container],
-            "volumes": [{"name": names[path], **source} for path, source in volumes.items()],
+            "volumes": [{"name": names[path], **source} for path, source in sources.items()],
             "terminationGracePeriodSeconds": 1,
             "automountServiceAccountToken": False,
             "tolerations": [],
@@ -97,6 +104,11 @@ def storage_class(name: str, *, provisioner: str = HOSTPATH, **more: Any) -> Obj
         "allowVolumeExpansion": True,
         **more,
     }
+
+
+def image_class(name: str = "images", **more: Any) -> Object:
+    """A StorageClass of volumes that are XFS in a file, which holds them to their size. (An ext4 grows only where root may all.)"""
+    return storage_class(name, parameters={"layout": "image", "csi.storage.k8s.io/fstype": "xfs"}, **more)
 
 
 def static_volume(

@@ -56,9 +56,18 @@ class Story:
         found = self.k.wait("pvc", claim, lambda pvc: pvc.get("status", {}).get("phase") == "Bound", seconds)
         return self.k.get("pv", found["spec"]["volumeName"])
 
+    def resize(self, claim: str, size: str) -> None:
+        """Ask for another size, and wait for nothing."""
+        self.k.patch("pvc", claim, {"spec": {"resources": {"requests": {"storage": size}}}})
+
+    def resized(self, claim: str, size: str, seconds: float = 90) -> None:
+        """Wait until a claim has this size, and its volume too."""
+        self.k.wait("pvc", claim, lambda pvc: pvc["status"].get("capacity", {}).get("storage") == size, seconds)
+        wait_until(f"{size} in the PV", lambda: self.bound(claim)["spec"]["capacity"]["storage"] == size, 10)
+
     def pods(self, app: str) -> list[Object]:
         """List the pods of a workload that are not going away."""
-        return [pod for pod in self.k.find("pods", f"--selector=app={app}") if "deletionTimestamp" not in pod["metadata"]]
+        return [pod for pod in self.k.find("pods", f"app={app}") if "deletionTimestamp" not in pod["metadata"]]
 
     def pods_ready(self, app: str, count: int, seconds: float = 90) -> list[Object]:
         """Wait until a workload has this many ready pods and return them, by name."""

@@ -1,4 +1,4 @@
-"""Snapshots, restores, clones and growth, on hostPath: each on the node of its volume.
+"""Snapshots, restores and clones, on hostPath: each on the node of its volume.
 
 The scheduler does not know on which node a claim's source is. Where a claim waits for its pod, the pod has to be put there; where it
 does not (`volumeBindingMode: Immediate`), the nodes' provisioners find out, and the pod follows the volume.
@@ -7,7 +7,17 @@ does not (`volumeBindingMode: Immediate`), the nodes' provisioners find out, and
 import pytest
 
 from cluster.kubectl import Kubectl, Object
-from cluster.objects import claim, from_claim, from_snapshot, of_claim, pod, snapshot, snapshot_class, storage_class
+from cluster.objects import (
+    claim,
+    from_claim,
+    from_snapshot,
+    image_class,
+    of_claim,
+    pod,
+    snapshot,
+    snapshot_class,
+    storage_class,
+)
 from cluster.progress import wait_until
 from cluster.story import Story, node_of_volume
 
@@ -157,22 +167,54 @@ def test_a_claim_of_another_namespace_is_no_source(story: Story):
         other.delete("namespace", thief, wait=False)
 
 
-def test_a_volume_grows_while_it_is_used(story: Story):
-    _written(story)
-    story.k.patch("pvc", "data", {"spec": {"resources": {"requests": {"storage": "2Gi"}}}})
-    story.k.wait("pvc", "data", lambda pvc: pvc["status"]["capacity"]["storage"] == "2Gi")
-    assert story.bound("data")["spec"]["capacity"]["storage"] == "2Gi"
-    assert story.k.sh("writer", "cat /data/letter") == "first\n"
+def test_an_image_is_captured_under_its_pod_and_restored_and_cloned_larger(story: Story):
+    story.make(image_class(), image_class("image-copies", volumeBindingMode="Immediate"))
+    story.make(claim("data", size="400Mi", storage_class="images"))
+    story.run(pod("writer", {"/data": of_claim("data")}))
+    story.k.sh("writer", "echo first > /data/letter; sync")
+    story.make(snapshot("before", "data"))
+    _ready(story, "before")
+    story.k.sh("writer", "echo second > /data/letter; sync")
+    story.make(claim("restored", size="600Mi", storage_class="image-copies", dataSource=from_snapshot("before")))
+    story.make(claim("copy", size="400Mi", storage_class="image-copies", dataSource=from_claim("data")))
+    story.run(pod("reader", {"/restored": of_claim("restored"), "/copy": of_claim("copy")}), 120)
+    assert story.k.sh("reader", "cat /restored/letter /copy/letter") == "first\nsecond\n"
+    restored, copied = (int(line.split()[1]) for line in story.k.sh("reader", "df -m /restored /copy | tail -n 2").splitlines())
+    assert 450 < restored <= 600
+    assert 300 < copied <= 400
+    story.k.sh("reader", "echo third > /restored/letter; echo third > /copy/letter")
+    assert story.k.sh("writer", "cat /data/letter") == "second\n"
 
 
-def test_an_expansion_that_cannot_be_says_why_and_disturbs_nobody(story: Story):
-    """Taking it back is another matter: by then the PV has the new size, and with a node's refusal Kubernetes does not lower it."""
-    _written(story)
-    story.k.patch("pvc", "data", {"spec": {"resources": {"requests": {"storage": "900Gi"}}}})
-    story.refused("Pod", "writer", "VolumeResizeFailed", "OutOfRange", "pool default has", seconds=90)  # its node has the pool
-    assert story.k.get("pvc", "data")["status"]["capacity"]["storage"] == "1Gi"
-    assert story.k.sh("writer", "echo second >> /data/letter; cat /data/letter") == "first\nsecond\n"
-    pv = story.bound("data")["metadata"]["name"]
-    story.k.delete("pod", "writer")
-    story.k.delete("pvc", "data")
-    story.k.gone("pv", pv)
+def test_raw_blocks_are_captured_and_restored_as_raw_blocks(story: Story):
+    story.make(claim("data", size="64Mi", volumeMode="Block"))
+    story.run(pod("writer", devices={"/dev/data": of_claim("data")}))
+    write = "printf '%-512s' {text} | dd of=/dev/data bs=512 seek=7 conv=fsync,notrunc 2>/dev/null"
+    story.k.sh("writer", write.format(text="first"))
+    story.make(snapshot("before", "data"))
+    _ready(story, "before")
+    story.k.sh("writer", write.format(text="second"))
+    copies = {"storage_class": "tatami-copies", "size": "64Mi", "dataSource": from_snapshot("before")}
+    story.make(claim("restored", volumeMode="Block", **copies))
+    story.run(pod("reader", devices={"/dev/data": of_claim("restored")}), 120)
+    assert story.k.sh("reader", "dd if=/dev/data bs=512 skip=7 count=1 2>/dev/null").strip() == "first"
+    # As a filesystem it could be anything that a tenant wrote there.
+    story.make(claim("other-mode", **copies))
+    story.refused("PersistentVolumeClaim", "other-mode", "ProvisioningFailed")
+    assert story.k.get("pvc", "other-mode")["status"]["phase"] == "Pending"
+
+
+def test_a_restore_that_is_tried_on_the_wrong_node_says_which_class_and_node_to_use(story: Story):
+    _written(story, node="node1")
+    story.make(snapshot("before", "data"))
+    content = _ready(story, "before")
+    story.make(claim("restored", dataSource=from_snapshot("before")))
+    story.make(pod("reader", {"/data": of_claim("restored")}, node="node2"))
+    said = story.refused("PersistentVolumeClaim", "restored", "ProvisioningFailed", "lives on another node")
+    assert "tatami-copies" in said
+    assert "volumeBindingMode: Immediate" in said
+    assert "than node2" in said
+    # Where the message sends the admin: both name the node.
+    assert list(_managed_by(content).values()) == ["node1"]
+    assert "snapshot.storage.kubernetes.io/managed-by" in said
+    assert node_of_volume(story.bound("data")) == ["node1"]

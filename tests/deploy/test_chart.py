@@ -196,12 +196,21 @@ def test_the_csidrivers_say_what_the_driver_does(everything):
     specs = {driver["metadata"]["name"]: driver["spec"] for driver in of_kind(everything, "CSIDriver")}
     for spec in specs.values():
         assert spec["podInfoOnMount"]  # else inline volumes are not known as such
-        assert set(spec["volumeLifecycleModes"]) == {"Persistent", "Ephemeral"}
+        assert spec["volumeLifecycleModes"] == ["Persistent"]
         assert (spec["fsGroupPolicy"], spec["storageCapacity"]) == ("File", True)
     assert {name: spec["attachRequired"] for name, spec in specs.items()} == {
         DEFAULT_NAMES["hostpath"]: False,
         DEFAULT_NAMES["nfs"]: True,
     }
+
+
+@pytest.mark.parametrize("kind", ["hostpath", "nfs"])
+def test_pods_can_have_inline_volumes_only_where_a_pool_of_that_driver_takes_them(objects, kind):
+    pool = {"hostpath": "hostpath.pools.default", "nfs": "nfs.pools.fast"}[kind]
+    found = {driver["metadata"]["name"]: driver for driver in of_kind(objects(*NFS, f"--set={pool}.inline=true"), "CSIDriver")}
+    modes = {name: driver["spec"]["volumeLifecycleModes"] for name, driver in found.items()}
+    assert modes.pop(DEFAULT_NAMES[kind]) == ["Persistent", "Ephemeral"]
+    assert list(modes.values()) == [["Persistent"]]
 
 
 def test_classes_name_the_driver_and_parameters_that_it_takes(objects):

@@ -32,7 +32,7 @@ def filesystems(home: Path) -> Iterator[dict[str, Pool]]:
             if done.returncode:
                 pytest.skip(f"needs to mount a {kind}: {done.stderr.strip()}")
             mounted.callback(subprocess.run, ["umount", "-q", "-l", place], check=False)  # the driver process' end does it, too
-            lines += [f"[pools.{kind}]", f'path = "{place}/pool"']
+            lines += [f"[pools.{kind}]", f'path = "{place}/pool"', "inline = true"]
             found[kind] = Pool(place / "pool")
         (home / "pools.toml").write_text("\n".join(lines) + "\n")
         yield found

@@ -44,7 +44,7 @@ class Pool:
     server: str
     path: str
     options: tuple[str, ...] = ("vers=4.2",)
-    inline: bool = False
+    inline: bool = True
     size: str = ""
     data: str = ""
 

@@ -31,7 +31,7 @@ def own_mounts() -> None:
 @pytest.fixture
 def pools(tmp_path: Path) -> tuple[HostPathPool, ...]:
     return (
-        HostPathPool("default", tmp_path / "pools" / "default"),
+        HostPathPool("default", tmp_path / "pools" / "default", inline=True),
         HostPathPool("other", tmp_path / "pools" / "other", inline=True),
         HostPathPool("spread", tmp_path / "pools" / "spread", shared=True),
     )

@@ -120,7 +120,7 @@ def limits_at(descriptor, limit):
 
 
 def bench_on(tmp_path, disk):
-    return make_bench(tmp_path, (HostPathPool("default", disk / "pool"),))
+    return make_bench(tmp_path, (HostPathPool("default", disk / "pool", inline=True),))
 
 
 class Writer:

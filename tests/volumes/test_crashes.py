@@ -282,7 +282,9 @@ def new_bench(tmp_path: Path, make_disk):
     def make() -> Bench:
         place = disk / str(next(number))
         place.mkdir()
-        bench = make_bench(place, (HostPathPool("default", place / "pool"), HostPathPool("other", place / "other")))
+        bench = make_bench(
+            place, (HostPathPool("default", place / "pool", inline=True), HostPathPool("other", place / "other"))
+        )
         fill(bench.path(bench.create("bystander")))
         return bench
 

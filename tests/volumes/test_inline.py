@@ -68,10 +68,32 @@ def test_the_cluster_sees_nothing_of_inline_volumes(bench):
 def test_a_pod_may_name_a_pool_only_where_the_admin_allows_it(bench):
     publish(bench, "csi-1", "one", pool="other")
     assert [record.pool for record in records(bench)] == ["other"]
-    for pool in ("spread", "default", "fast"):
-        with pytest.raises(InvalidArgument, match="pools that pods may name: other"):
+    for pool in ("spread", "fast"):
+        with pytest.raises(
+            InvalidArgument, match=f'volume_context\\["pool"\\] is .{pool}.: pools that take inline volumes: default, other'
+        ):
             publish(bench, "csi-2", "two", pool=pool)
     assert len(records(bench)) == 1
+
+
+def test_a_default_pool_takes_no_inline_volumes_unless_the_admin_says_so(tmp_path):
+    for name in ("closed", "without"):
+        (tmp_path / name).mkdir()
+    closed = make_bench(
+        tmp_path / "closed", (HostPathPool("default", tmp_path / "one"), HostPathPool("scratch", tmp_path / "two", inline=True))
+    )
+    for words in ({}, {"pool": "default"}):
+        with pytest.raises(InvalidArgument, match="take inline volumes: scratch"):
+            publish(closed, **words)
+    publish(closed, pool="scratch")
+    assert [record.pool for record in records(closed)] == ["scratch"]
+    closed.node.unpublish("csi-1", closed.target("pod"))
+    without = make_bench(tmp_path / "without", (HostPathPool("default", tmp_path / "three"),))
+    with pytest.raises(
+        InvalidArgument, match=r"the default pool default takes no inline volumes; .* none \(`inline = true` in pools.toml\)"
+    ):
+        publish(without)
+    assert records(without) == []
 
 
 @pytest.mark.parametrize(

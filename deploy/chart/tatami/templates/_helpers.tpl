@@ -34,6 +34,11 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- range .Values.nfs.pools }}{{ if .data }}true{{ end }}{{ end -}}
 {{- end -}}
 
+{{/* Whether pod authors may have volumes of their own in one of these pools: .Values.hostpath.pools */}}
+{{- define "tatami.inline" -}}
+{{- range . }}{{ if .inline }}true{{ end }}{{ end -}}
+{{- end -}}
+
 {{- define "tatami.snapshots" -}}
 {{- if or (eq .Values.snapshots "always") (and (eq .Values.snapshots "auto") (.Capabilities.APIVersions.Has "snapshot.storage.k8s.io/v1")) }}true{{ end -}}
 {{- end -}}
@@ -115,17 +120,21 @@ projected:
 
 {{/* The driver's probes over HTTP. */}}
 {{- define "tatami.probes.http" -}}
+# Asked every second until it serves, so that an upgrade goes on to the next node as soon as this one is back.
+startupProbe:
+  httpGet: {path: /healthz, port: metrics}
+  periodSeconds: 1
+  timeoutSeconds: 5
+  failureThreshold: 120
 # Liveness waits for nothing but the driver itself; a restart would bring no pool back.
 livenessProbe:
   httpGet: {path: /healthz, port: metrics}
-  initialDelaySeconds: 10
   periodSeconds: 20
   timeoutSeconds: 5
   failureThreshold: 5
 readinessProbe:
   httpGet: {path: /readyz, port: metrics}
-  initialDelaySeconds: 2
-  periodSeconds: 10
+  periodSeconds: 5
   timeoutSeconds: 5
 {{- end -}}
 
