@@ -142,7 +142,7 @@ class Contents:
             return False
         try:
             with store.open_volume(record.directory) as top:
-                return _identity(top) == record.content_inode
+                return btrfs.identity_of(top) == record.content_inode
         except NotFound:
             return False
 
@@ -162,7 +162,7 @@ class Contents:
                 staged = _staging_name(record.id, record.token)
                 claimed_before = self._check_free(store, record, parent, name)
                 with _Descriptor(os.open(staged, _DIRECTORY, dir_fd=staging)) as content:
-                    inode = _identity(content.fd)
+                    inode = btrfs.identity_of(content.fd)
                     # The claim is on disk before the directory: after a crash, an empty directory of that name is known to be ours.
                     record = claim(replace(record, claimed=True, content_inode=inode))
                     # After the claim, whose way to the disk takes this along where all changes share one journal. Its name in staging
@@ -221,7 +221,7 @@ class Contents:
         with self._hold_place(store, record.directory):
             try:
                 with store.open_volume(record.directory) as top:
-                    inode = _identity(top)
+                    inode = btrfs.identity_of(top)
             except NotFound:
                 yield False
                 return
@@ -343,12 +343,6 @@ def _open_source(source: Source) -> _Descriptor:
         raise FailedPrecondition(
             f"the content of {source.kind} {source.record_id} is missing from pool {source.store.name}"
         ) from error
-
-
-def _identity(descriptor: int) -> int:
-    """Return what tells this directory from others: the inode's number; of a btrfs subvolume, where that is always 256, minus its id."""
-    subvolume = btrfs.subvolume_id(descriptor)
-    return os.fstat(descriptor).st_ino if subvolume is None else -subvolume
 
 
 def _parents(directory: str) -> list[str]:

@@ -257,7 +257,9 @@ class Provisioner:
     def validate(self, handle: str, capabilities: Sequence[Capability], context: Mapping[str, str]) -> str | None:
         """Return None where the volume has all capabilities, else why it has not. Raises NotFound."""
         store, record = find_ready(self._pools, handle)
-        if context and dict(context) != dict(self.show(store, record).context):
+        shown = self.show(store, record).context
+        # What holds the volume is told for people, and changes where its pool is moved to another filesystem.
+        if context and (set(context) != set(shown) or any(context[key] != shown[key] for key in _LASTING)):
             return "volume_context is not the one that CreateVolume gave"
         problems = (access.unsupported(capability, store.backend, record.form) for capability in capabilities)
         return next((problem for problem in problems if problem), None)
@@ -304,6 +306,9 @@ class Provisioner:
             record = store.volumes.get(record_id)
             if record is not None:
                 self._removal.remove(store, record)
+
+
+_LASTING = ("pool", "layout")
 
 
 def is_listed(record: VolumeRecord) -> bool:
