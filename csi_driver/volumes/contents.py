@@ -13,15 +13,33 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Self
 
-from csi_driver.errors import FailedPrecondition, InvalidArgument, NotFound, OperationPending, RecordDamaged, quoted
+from csi_driver.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    OperationPending,
+    OutOfRange,
+    RecordDamaged,
+    quoted,
+)
 from csi_driver.linux import btrfs, files
 from csi_driver.linux.system_calls import InodeReader
 from csi_driver.linux.trees import apply_owner_and_mode
 from csi_driver.volumes.captures import Captures, Hold, HoldNothing
-from csi_driver.volumes.images import AT_ONCE, forget_holder, in_use, look_at_image, make_image, resize_image
+from csi_driver.volumes.images import AT_ONCE, forget_holder, image_size, in_use, look_at_image, make_image, resize_image
 from csi_driver.volumes.jobs import JobControl
 from csi_driver.volumes.locks import KeyedLocks
-from csi_driver.volumes.model import A_DIRECTORY, CaptureReport, Form, Layout, Ownership, Phase, SourceKind, VolumeRecord
+from csi_driver.volumes.model import (
+    A_DIRECTORY,
+    CaptureReport,
+    Form,
+    Layout,
+    Ownership,
+    Phase,
+    SnapshotRecord,
+    SourceKind,
+    VolumeRecord,
+)
 from csi_driver.volumes.pools import SNAPSHOT_DATA, STAGING, PoolStore, exists_at
 from csi_driver.volumes.trash import volumes_being_deleted
 
@@ -85,7 +103,8 @@ class Contents:
         """Copy `source`, which the caller holds (sources.py), into staging, all of it or nothing, and bring it to disk.
 
         An image is made at least `size_bytes` large; its filesystem keeps the owner that it has. Raises FailedPrecondition when the
-        content is missing, or an image that a node has and that this pool cannot capture at once, JobCancelled, OSError (ENOSPC, EIO).
+        content is missing, or an image that a node has and that this pool cannot capture at once, OutOfRange for one that is larger,
+        JobCancelled, OSError (ENOSPC, EIO).
         """
         store.trash_staging(record_id)
         name = _staging_name(record_id, token)
@@ -110,9 +129,22 @@ class Contents:
             raise in_use(store.name)
         with _Descriptor(os.open(name, _DIRECTORY, dir_fd=staging)) as top:
             forget_holder(top.fd)
+            size = image_size(top.fd)
+            if size_bytes and size > size_bytes:  # it has grown since the size was chosen
+                raise OutOfRange(
+                    f"the image of the content source has {size} bytes by now, but the volume is to have {size_bytes}"
+                )
             resize_image(top.fd, size_bytes)
             os.fsync(top.fd)
         return report
+
+    def size_of_staged(self, store: PoolStore, record: SnapshotRecord) -> int | None:
+        """Return the bytes of the image that was captured for a snapshot; None of a directory, which has no size of its own."""
+        if record.form.layout is not Layout.IMAGE:
+            return None
+        name = _staging_name(record.id, record.token)
+        with store.open(STAGING) as staging, _Descriptor(os.open(name, _DIRECTORY, dir_fd=staging)) as top:
+            return image_size(top.fd)
 
     @contextmanager
     def open(self, source: Source) -> Iterator[int]:

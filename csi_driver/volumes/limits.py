@@ -9,7 +9,7 @@ import logging
 import threading
 from dataclasses import replace
 
-from csi_driver.errors import FailedPrecondition, NotFound, ResourceExhausted
+from csi_driver.errors import FailedPrecondition, NotFound, OutOfRange, ResourceExhausted
 from csi_driver.linux import btrfs
 from csi_driver.linux.filesystem_ids import filesystem_id
 from csi_driver.linux.project_limits import ProjectIds
@@ -74,12 +74,12 @@ class Holding:
         self.limit = Limit(limiter.kind, level, mark, filesystem_id(top))
 
     def finish(self, top: int) -> None:
-        """Raise ResourceExhausted where the volume has more than it may: a snapshot asks for no room, and ext4 lets the driver pass."""
+        """Raise OutOfRange where the volume has more than it may: a snapshot asks for no room, and ext4 lets the driver pass."""
         if self._means.limiter is None or self.limit.mark is None:
             return
         used = self._means.limiter.usage(top, self.limit.mark)
         if used is not None and used[0] > self._record.capacity_bytes:
-            raise ResourceExhausted(
+            raise OutOfRange(
                 f"the content source holds {used[0]} bytes, but the volume is to have {self._record.capacity_bytes}"
             )
 

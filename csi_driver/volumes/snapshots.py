@@ -135,10 +135,15 @@ class Snapshots:
         """Make the content of a snapshot that is `creating`, out of sight in staging; `place` must follow."""
         if self._contents.has_snapshot(store, record.id):
             return record  # in place before a crash: content gets there complete or not at all
-        with self._sources.hold(ContentSource(SourceKind.VOLUME, record.source_handle)) as source:
+        origin = ContentSource(SourceKind.VOLUME, record.source_handle)
+        with self._sources.hold(origin) as source:
             cut_at = time.time_ns()  # after a crash it is cut anew, and later
             report = self._contents.copy(store, record.id, record.token, source, None, job)
-        return replace(record, capture=report, created_at_ns=cut_at, consistency=consistency_of(report, record.form))
+            # Asked after the cut: the volume may have grown meanwhile, and more may be in the snapshot than it was allowed before.
+            size = self._contents.size_of_staged(store, record) or self._sources.size_of(origin)
+        return replace(
+            record, capture=report, size_bytes=size, created_at_ns=cut_at, consistency=consistency_of(report, record.form)
+        )
 
     def place(self, store: PoolStore, record: SnapshotRecord) -> SnapshotRecord:
         """Move what was cut into its place; it stays `creating` until the caller says `ready`."""

@@ -10,7 +10,7 @@ from bench import MIB
 from limit_stories import *  # noqa: F403 - the tests that every limiter has to pass
 from limit_stories import SIZE, Held, bench_on, complaints, du, limits_at, marks_in_use, stops_at, wait_for, write
 
-from csi_driver.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from csi_driver.errors import FailedPrecondition, InvalidArgument, OutOfRange, ResourceExhausted
 from csi_driver.linux import project_limits, quota
 from csi_driver.linux.project_limits import ProjectIds, claim
 from csi_driver.linux.projects import Project, project_of, set_project
@@ -250,7 +250,7 @@ def test_a_limit_is_there_before_a_copy_begins(held):
     held.sync()
     free = os.statvfs(held.disk)
     least = free.f_bfree
-    with pytest.raises((ResourceExhausted, OSError)):
+    with pytest.raises((OutOfRange, OSError)):
         held.bench.clone("copy", source, SIZE)
     assert limits_at(descriptor, source.record.limit)[0] == 0
     if PRIVILEGED not in held.means.level:
