@@ -73,6 +73,12 @@ def subvolume_id(descriptor: int) -> int | None:
     return int(_INO_LOOKUP.unpack(call(descriptor, _LOOKUP, _INO_LOOKUP.pack(0, _TOP_INODE, b"")))[0])
 
 
+def identity_of(descriptor: int) -> int:
+    """Return what tells a directory from others: its inode's number; of a subvolume, where that is always 256, minus its id."""
+    subvolume = subvolume_id(descriptor)
+    return os.fstat(descriptor).st_ino if subvolume is None else -subvolume
+
+
 def holds_subvolumes(descriptor: int) -> bool:
     """Tell whether other subvolumes lie in this one, at any depth. Raises OSError (ENOTTY before Linux 4.18)."""
     try:

@@ -95,6 +95,24 @@ def claim(top: int, ids: ProjectIds) -> int:
         ids.skip()  # another took it between our two looks, and sees us as we see him
 
 
+def claim_for(parent: int, name: str, top: int, ids: ProjectIds) -> int:
+    """Give a directory that is not empty a project id that nobody has, and return it: claimed by `name` in `parent`, which goes again.
+
+    What is in the directory keeps what it has (project_change.py). Raises OSError.
+    """
+    os.mkdir(name, 0o700, dir_fd=parent)
+    try:
+        claimed = os.open(name, _DIRECTORY, dir_fd=parent)
+        try:
+            project = claim(claimed, ids)
+            set_project(top, Project(project, inherit=True))  # before the other one goes: an id in use is nobody else's
+        finally:
+            os.close(claimed)
+    finally:
+        os.rmdir(name, dir_fd=parent)
+    return project
+
+
 def drop(top: int) -> None:
     """Lift the limits of a directory that nobody else was ever shown, before it is removed. What has none of ours is left alone."""
     try:

@@ -13,15 +13,33 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Self
 
-from csi_driver.errors import FailedPrecondition, InvalidArgument, NotFound, OperationPending, RecordDamaged, quoted
+from csi_driver.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    OperationPending,
+    OutOfRange,
+    RecordDamaged,
+    quoted,
+)
 from csi_driver.linux import btrfs, files
 from csi_driver.linux.system_calls import InodeReader
 from csi_driver.linux.trees import apply_owner_and_mode
 from csi_driver.volumes.captures import Captures, Hold, HoldNothing
-from csi_driver.volumes.images import AT_ONCE, forget_holder, in_use, look_at_image, make_image, resize_image
+from csi_driver.volumes.images import AT_ONCE, forget_holder, image_size, in_use, look_at_image, make_image, resize_image
 from csi_driver.volumes.jobs import JobControl
 from csi_driver.volumes.locks import KeyedLocks
-from csi_driver.volumes.model import A_DIRECTORY, CaptureReport, Form, Layout, Ownership, Phase, SourceKind, VolumeRecord
+from csi_driver.volumes.model import (
+    A_DIRECTORY,
+    CaptureReport,
+    Form,
+    Layout,
+    Ownership,
+    Phase,
+    SnapshotRecord,
+    SourceKind,
+    VolumeRecord,
+)
 from csi_driver.volumes.pools import SNAPSHOT_DATA, STAGING, PoolStore, exists_at
 from csi_driver.volumes.trash import volumes_being_deleted
 
@@ -86,7 +104,8 @@ class Contents:
         """Copy `source`, which the caller holds (sources.py), into staging, all of it or nothing, and bring it to disk.
 
         An image is made at least `size_bytes` large; its filesystem keeps the owner that it has. Raises FailedPrecondition when the
-        content is missing, or an image that a node has and that this pool cannot capture at once, JobCancelled, OSError (ENOSPC, EIO).
+        content is missing, or an image that a node has and that this pool cannot capture at once, OutOfRange for one that is larger,
+        JobCancelled, OSError (ENOSPC, EIO).
         """
         store.trash_staging(record_id)
         name = _staging_name(record_id, token)
@@ -111,9 +130,22 @@ class Contents:
             raise in_use(store.name)
         with _Descriptor(os.open(name, _DIRECTORY, dir_fd=staging)) as top:
             forget_holder(top.fd)
+            size = image_size(top.fd)
+            if size_bytes and size > size_bytes:  # it has grown since the size was chosen
+                raise OutOfRange(
+                    f"the image of the content source has {size} bytes by now, but the volume is to have {size_bytes}"
+                )
             resize_image(top.fd, size_bytes)
             os.fsync(top.fd)
         return report
+
+    def size_of_staged(self, store: PoolStore, record: SnapshotRecord) -> int | None:
+        """Return the bytes of the image that was captured for a snapshot; None of a directory, which has no size of its own."""
+        if record.form.layout is not Layout.IMAGE:
+            return None
+        name = _staging_name(record.id, record.token)
+        with store.open(STAGING) as staging, _Descriptor(os.open(name, _DIRECTORY, dir_fd=staging)) as top:
+            return image_size(top.fd)
 
     @contextmanager
     def open(self, source: Source) -> Iterator[int]:
@@ -143,7 +175,7 @@ class Contents:
             return False
         try:
             with store.open_volume(record.directory) as top:
-                return _identity(top) == record.content_inode
+                return btrfs.identity_of(top) == record.content_inode
         except NotFound:
             return False
 
@@ -163,7 +195,7 @@ class Contents:
                 staged = _staging_name(record.id, record.token)
                 claimed_before = self._check_free(store, record, parent, name)
                 with _Descriptor(os.open(staged, _DIRECTORY, dir_fd=staging)) as content:
-                    inode = _identity(content.fd)
+                    inode = btrfs.identity_of(content.fd)
                     # The claim is on disk before the directory: after a crash, an empty directory of that name is known to be ours.
                     record = claim(replace(record, claimed=True, content_inode=inode))
                     # After the claim, whose way to the disk takes this along where all changes share one journal. Its name in staging
@@ -222,7 +254,7 @@ class Contents:
         with self._hold_place(store, record.directory):
             try:
                 with store.open_volume(record.directory) as top:
-                    inode = _identity(top)
+                    inode = btrfs.identity_of(top)
             except NotFound:
                 yield False
                 return
@@ -344,12 +376,6 @@ def _open_source(source: Source) -> _Descriptor:
         raise FailedPrecondition(
             f"the content of {source.kind} {source.record_id} is missing from pool {source.store.name}"
         ) from error
-
-
-def _identity(descriptor: int) -> int:
-    """Return what tells this directory from others: the inode's number; of a btrfs subvolume, where that is always 256, minus its id."""
-    subvolume = btrfs.subvolume_id(descriptor)
-    return os.fstat(descriptor).st_ino if subvolume is None else -subvolume
 
 
 def _parents(directory: str) -> list[str]:

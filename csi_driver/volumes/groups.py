@@ -5,12 +5,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-from csi_driver.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, quoted
+from csi_driver.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, OperationPending, quoted
 from csi_driver.volumes.captures import FILE_BY_FILE, POINT_IN_TIME
+from csi_driver.volumes.finality import may_be_left, take_back
 from csi_driver.volumes.handles import GROUP, SNAPSHOT, parse_handle
 from csi_driver.volumes.jobs import JobControl, Jobs
 from csi_driver.volumes.locks import KeyedLocks
-from csi_driver.volumes.model import GroupRecord, GroupSnapshot, Phase, SnapshotRecord, VolumeRecord
+from csi_driver.volumes.model import (
+    ContentSource,
+    GroupRecord,
+    GroupSnapshot,
+    Phase,
+    SnapshotRecord,
+    SourceKind,
+    VolumeRecord,
+)
 from csi_driver.volumes.pools import Pools, PoolStore, new_token
 from csi_driver.volumes.removal import SnapshotRemoval
 from csi_driver.volumes.snapshots import Snapshots, show
@@ -145,13 +154,27 @@ class Groups:
                 self.complete_removal(store, group_id)
                 record = self._begin(store, group_id, name, sources)
             if record.phase is Phase.CREATING:
-                try:
-                    consistency = self._cut_all(store, record, job)
-                except BaseException:
-                    self._give_up(store, record)
-                    raise
-                record = store.groups.replace(replace(record, phase=Phase.READY, consistency=consistency))
+                record = self._complete(store, record, job)
             return self._show(store, record)
+
+    def _complete(self, store: PoolStore, record: GroupRecord, job: JobControl) -> GroupRecord:
+        """Make all members ready, and then the group; on an error nothing is left of it.
+
+        But for an error after which the caller asks again: a lock that another holds, say. What was cut stays as it was cut then, and
+        the retry goes on from there; it may only be taken back by who holds the locks of all members.
+        """
+        what = f"group snapshot {record.handle}"
+        with ExitStack() as held:
+            for member_id in _member_ids(record):
+                held.enter_context(self._locks.hold(store, f"snapshot:{member_id}"))
+            try:
+                consistency = self._cut_all(store, record, job)
+            except OperationPending:
+                raise
+            except BaseException as error:  # noqa: BLE001 - raised again
+                take_back(error, lambda: self._give_up(store, record), what)
+            with may_be_left(what):
+                return store.groups.replace(replace(record, phase=Phase.READY, consistency=consistency))
 
     def _begin(self, store: PoolStore, group_id: str, name: str, sources: tuple[str, ...]) -> GroupRecord:
         handle = store.handle_of(group_id)
@@ -168,15 +191,15 @@ class Groups:
             sources=sources,
             members=members,
         )
-        if not store.groups.add(record):
+        with may_be_left(f"group snapshot {record.handle}"):
+            added = store.groups.add(record)
+        if not added:
             raise AlreadyExists(f"group snapshot {quoted(name)} is being made by another controller")
         return record
 
     def _cut_all(self, store: PoolStore, record: GroupRecord, job: JobControl) -> str:
-        """Make all members ready, and return the label that the group as a whole deserves."""
+        """Make all members ready, and return the label that the group as a whole deserves. The caller holds them."""
         with ExitStack() as held:
-            for member_id in _member_ids(record):
-                held.enter_context(self._locks.hold(store, f"snapshot:{member_id}"))
             begun = []
             for member_id, source_handle in zip(_member_ids(record), record.sources, strict=True):
                 member = store.snapshots.get(member_id)
@@ -184,6 +207,9 @@ class Groups:
                     _, source = self._sources.volume(source_handle)
                     member = self._snapshots.begin(store, member_id, f"{record.name}/{source_handle}", source, record.handle)
                 begun.append(member)
+            for member in begun:
+                if not self._snapshots.is_cut(store, member):  # all at hand before the first is cut, and in vain if one is not
+                    held.enter_context(self._sources.hold(ContentSource(SourceKind.VOLUME, member.source_handle)))
             # Back to back, with nothing written in between: as close to one moment as the pool can come.
             cut = [self._snapshots.cut(store, member, job) for member in begun]
             placed = [self._snapshots.place(store, member) for member in cut]
@@ -193,10 +219,12 @@ class Groups:
         each = {member.consistency for member in placed}
         return POINT_IN_TIME_EACH if each == {POINT_IN_TIME} else FILE_BY_FILE
 
-    def _give_up(self, store: PoolStore, record: GroupRecord) -> None:
+    def _give_up(self, store: PoolStore, record: GroupRecord) -> bool:
+        """Take a group back that never became ready, and tell that nothing is left. The caller holds the group and its members."""
         for member_id in _member_ids(record):
             self._snapshots.give_up(store, member_id)
         store.groups.remove(record.id)
+        return True
 
     def _show(self, store: PoolStore, record: GroupRecord) -> GroupSnapshot:
         members = [store.snapshots.get(member_id) for member_id in _member_ids(record)]

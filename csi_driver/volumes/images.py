@@ -60,6 +60,11 @@ def resize_image(directory_fd: int, capacity_bytes: int) -> None:
         os.close(image)
 
 
+def image_size(directory_fd: int) -> int:
+    """Return the bytes of an image. Raises OSError."""
+    return os.stat(IMAGE, dir_fd=directory_fd, follow_symlinks=False).st_size
+
+
 @dataclass(frozen=True)
 class ImageState:
     """Whether a node has the image, and when it was last written (ns)."""

@@ -5,10 +5,14 @@ its *mark*, which its record keeps: what its top directory says, its tenant may 
 """
 
 import errno
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from csi_driver.linux import btrfs, btrfs_qgroups, project_limits, quota
+from csi_driver.linux import btrfs, btrfs_qgroups, project_limits, projects, quota
+from csi_driver.linux.filesystem_ids import filesystem_id
+from csi_driver.linux.project_change import give_project
 from csi_driver.linux.project_limits import ProjectIds
 from csi_driver.volumes.model import LimiterKind
 from csi_driver.volumes.pools import new_token
@@ -26,6 +30,10 @@ SWITCHED_OFF = quota.NO_QUOTA_HERE | btrfs_qgroups.OFF
 """What setting a limit answers where quotas have been switched off since."""
 
 
+Stop = Callable[[], bool]
+"""Tells whether to stop."""
+
+
 class Limiter(Protocol):
     """One way to hold volumes. `top` is a descriptor of a volume's top directory, sizes are bytes, inodes 0 is any number."""
 
@@ -34,6 +42,19 @@ class Limiter(Protocol):
 
     def hold(self, top: int, ids: ProjectIds, size_bytes: int, inodes: int) -> int | None:
         """Limit a volume that is in staging and return its mark; None where this one cannot be held. Raises OSError."""
+
+    def has(self, top: int, mark: int, filesystem: str | None, inode: int | None) -> bool:
+        """Tell whether what lies there is what was given `mark`: the volume may have been moved to another filesystem, file by file.
+
+        There the same number is somebody else's, or will be. `filesystem` and `inode` are those of the time when it was given (None:
+        unknown). Raises OSError.
+        """
+
+    def hold_again(self, parent: int, top: int, ids: ProjectIds, size_bytes: int, inodes: int, stop: Stop) -> int | None:
+        """Limit a volume that came from elsewhere with all that is in it, and return its new mark; None where it cannot be held.
+
+        `parent` takes an empty directory for a moment. Raises WalkStopped, OSError.
+        """
 
     def change(self, top: int, mark: int, size_bytes: int, inodes: int) -> None:
         """Set another limit. Raises OSError, `SWITCHED_OFF`."""
@@ -56,6 +77,20 @@ class ProjectLimiter:
 
     def hold(self, top: int, ids: ProjectIds, size_bytes: int, inodes: int) -> int | None:
         project = project_limits.claim(top, ids)
+        quota.set_limits(top, project, size_bytes, inodes)
+        return project
+
+    def has(self, top: int, mark: int, filesystem: str | None, inode: int | None) -> bool:
+        here = filesystem_id(top)
+        if filesystem is not None and here is not None and here != filesystem:
+            return False  # also with that mark: some restore tools bring it along
+        # A tenant may give his directory another project; on its own filesystem, in its own inode, it is the same volume all the same.
+        return _project_of(top) == mark or (here is not None and here == filesystem and os.fstat(top).st_ino == inode)
+
+    def hold_again(self, parent: int, top: int, ids: ProjectIds, size_bytes: int, inodes: int, stop: Stop) -> int | None:
+        project = project_limits.claim_for(parent, f"claim.{new_token()}", top, ids)
+        give_project(top, project, stop)
+        # Last: until then a crash leaves no limit that nobody would lift, and ext4 would refuse what is too much already.
         quota.set_limits(top, project, size_bytes, inodes)
         return project
 
@@ -88,6 +123,12 @@ class QgroupLimiter:
         btrfs_qgroups.set_limit(top, subvolume, size_bytes)
         return subvolume
 
+    def has(self, top: int, mark: int, _filesystem: str | None, _inode: int | None) -> bool:
+        return btrfs.subvolume_id(top) == mark  # which nobody can change
+
+    def hold_again(self, _parent: int, top: int, ids: ProjectIds, size_bytes: int, inodes: int, _stop: Stop) -> int | None:
+        return self.hold(top, ids, size_bytes, inodes)
+
     def change(self, top: int, mark: int, size_bytes: int, _inodes: int) -> None:
         btrfs_qgroups.set_limit(top, mark, size_bytes)
 
@@ -101,6 +142,15 @@ class QgroupLimiter:
 
     def release(self, root: int, mark: int) -> None:
         """Do nothing."""
+
+
+def _project_of(top: int) -> int | None:
+    try:
+        return projects.project_of(top).id
+    except OSError as error:
+        if error.errno not in projects.NO_PROJECTS_HERE:
+            raise
+        return None
 
 
 PROJECT_LIMITER, QGROUP_LIMITER = ProjectLimiter(), QgroupLimiter()

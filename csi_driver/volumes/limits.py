@@ -7,10 +7,13 @@ import errno
 import hashlib
 import logging
 import threading
+from dataclasses import replace
 
-from csi_driver.errors import FailedPrecondition, NotFound, ResourceExhausted
+from csi_driver.errors import FailedPrecondition, NotFound, OutOfRange, ResourceExhausted
+from csi_driver.linux import btrfs
+from csi_driver.linux.filesystem_ids import filesystem_id
 from csi_driver.linux.project_limits import ProjectIds
-from csi_driver.volumes.limiters import HARD, LIMITERS, NONE, SWITCHED_OFF, Limiter, Means, find_means, switched_on
+from csi_driver.volumes.limiters import HARD, LIMITERS, NONE, SWITCHED_OFF, Limiter, Means, Stop, find_means, switched_on
 from csi_driver.volumes.model import (
     ClassParameters,
     Form,
@@ -27,6 +30,7 @@ from csi_driver.volumes.model import (
 from csi_driver.volumes.pools import STAGING, PoolStore
 
 _PLACES = 2**14
+_NO_SUBVOLUME = "what lies there is no btrfs subvolume"
 _FILES_UNLIMITED = "; the number of files is not limited"
 _IMAGE_INODES = "an image limits bytes, not the number of files, and the class says `inodes` and `limit: required`"
 _log = logging.getLogger(__name__)
@@ -61,21 +65,21 @@ class Holding:
             return
         mark = limiter.hold(top, self._ids, record.capacity_bytes, record.inodes or 0)
         if mark is None:
-            nothing = Means(None, f"{NONE}: what lies there is no btrfs subvolume")
+            nothing = Means(None, f"{NONE}: {_NO_SUBVOLUME}")
             _insist(record.pool, nothing, record.limit_policy, record.inodes)
             self.limit = Limit(LimiterKind.NONE, nothing.level)
             return
         if record.inodes and not limiter.counts_inodes:
             level += _FILES_UNLIMITED
-        self.limit = Limit(limiter.kind, level, mark)
+        self.limit = Limit(limiter.kind, level, mark, filesystem_id(top))
 
     def finish(self, top: int) -> None:
-        """Raise ResourceExhausted where the volume has more than it may: a snapshot asks for no room, and ext4 lets the driver pass."""
+        """Raise OutOfRange where the volume has more than it may: a snapshot asks for no room, and ext4 lets the driver pass."""
         if self._means.limiter is None or self.limit.mark is None:
             return
         used = self._means.limiter.usage(top, self.limit.mark)
         if used is not None and used[0] > self._record.capacity_bytes:
-            raise ResourceExhausted(
+            raise OutOfRange(
                 f"the content source holds {used[0]} bytes, but the volume is to have {self._record.capacity_bytes}"
             )
 
@@ -142,6 +146,8 @@ class Limits:
             return
         limiter, mark = held
         with store.open_volume(record.directory) as top:
+            if not _is_here(record, top):
+                return  # it is held anew, to what the record says then (`renew`)
             try:
                 limiter.change(top, mark, size_bytes, record.inodes or 0)
             except OSError as error:
@@ -159,19 +165,23 @@ class Limits:
         """
         held = _held(record)
         if held is None or not store.backend.data_is_here:
-            return None
+            return None if held is not None else _broken_promise(record)
         limiter, mark = held
         with store.open_volume(record.directory) as top:
+            if not _is_here(record, top):
+                return (
+                    f"volume {record.handle} was held to its size by {limiter.kind} on another filesystem than the one that it lies on now; the "
+                    "controller holds it again by itself, if quotas are on here"
+                )
             try:
-                if limiter.limited_to(top, mark) is not None:
-                    return None
-                lost = switched_on(top) is limiter
+                is_held = limiter.limited_to(top, mark) is not None
+                lost = not is_held and switched_on(top) is limiter
             except OSError as error:
-                if error.errno == errno.EPERM:
-                    return None
-                if error.errno not in SWITCHED_OFF:
+                if error.errno != errno.EPERM and error.errno not in SWITCHED_OFF:
                     raise
-                lost = False
+                is_held, lost = error.errno == errno.EPERM, False  # EPERM: nobody may ask
+        if is_held:
+            return None
         if lost:
             return (
                 f"volume {record.handle} lost its limit when quotas were switched off; the controller sets it again by itself"
@@ -197,7 +207,7 @@ class Limits:
         self._renewed[store.name] = now
         if now is None:
             return []
-        held = (record for record in store.volumes.readable() if _is_held_by(record, now))
+        held = (record for record in store.volumes.readable() if record.phase is Phase.READY and _held(record) is not None)
         first = next(held, None)
         if first is None or (now is before and not self._has_lost(store, first)):
             return []
@@ -209,6 +219,27 @@ class Limits:
         except (NotFound, OSError):  # a missing directory is health's to tell
             return False
 
+    def renew(self, store: PoolStore, record: VolumeRecord, should_stop: Stop) -> VolumeRecord:
+        """Hold a volume again that lost its limit, or came from another filesystem; return its record as it then has to be.
+
+        The caller holds the volume. Raises FailedPrecondition (switched off), NotFound, WalkStopped, OSError.
+        """
+        with store.open_volume(record.directory) as top, store.open(STAGING) as staging:
+            if _is_here(record, top):
+                self.change(store, record, record.capacity_bytes)
+                return record
+            means, inodes, mark = self.means_of(store), record.inodes or 0, None
+            if means.limiter is not None:
+                mark = means.limiter.hold_again(staging, top, self._ids_of(store), record.capacity_bytes, inodes, should_stop)
+                level = means.level if means.limiter.counts_inodes or not inodes else means.level + _FILES_UNLIMITED
+            if means.limiter is None or mark is None:
+                reason = means.level.removeprefix(f"{NONE}: ") if means.limiter is None else _NO_SUBVOLUME
+                return replace(
+                    record, limit=Limit(LimiterKind.NONE, f"{NONE}: the volume came from another filesystem; {reason}")
+                )
+            limit = Limit(means.limiter.kind, level, mark, filesystem_id(top))
+            return replace(record, limit=limit, content_inode=btrfs.identity_of(top))
+
     def release(self, store: PoolStore, record: VolumeRecord) -> None:
         """Let go of what holds a volume, before its data is removed. A limit that cannot be lifted keeps nobody from deleting."""
         held = _held(record)
@@ -216,9 +247,10 @@ class Limits:
             return
         limiter, mark = held
         try:
-            with store.open_root() as root:
-                limiter.release(root, mark)
-        except OSError as error:
+            with store.open_volume(record.directory) as top:
+                if _is_here(record, top):
+                    limiter.release(top, mark)
+        except (NotFound, OSError) as error:
             _log.warning("a limit cannot be lifted", extra={"pool": store.name, "volume": record.handle, "error": str(error)})
 
     def stats(self, store: PoolStore, record: VolumeRecord) -> VolumeStats | None:
@@ -229,7 +261,7 @@ class Limits:
         limiter, mark = held
         with store.open_volume(record.directory) as top:
             try:
-                used = limiter.usage(top, mark)
+                used = limiter.usage(top, mark) if _is_here(record, top) else None
             except OSError as error:
                 if error.errno not in SWITCHED_OFF:
                     raise
@@ -256,9 +288,19 @@ def _held(record: VolumeRecord) -> tuple[Limiter, int] | None:
     return LIMITERS[record.limit.limiter], record.limit.mark
 
 
-def _is_held_by(record: VolumeRecord, kind: LimiterKind) -> bool:
+def _is_here(record: VolumeRecord, top: int) -> bool:
+    """Tell whether what holds a volume is on the filesystem that it lies on: else the mark is another's, whom we must not touch."""
     held = _held(record)
-    return record.phase is Phase.READY and held is not None and held[0].kind is kind
+    assert held is not None
+    assert record.limit is not None
+    return held[0].has(top, held[1], record.limit.filesystem, record.content_inode)
+
+
+def _broken_promise(record: VolumeRecord) -> str | None:
+    limit = record.limit
+    if record.limit_policy is not LimitPolicy.REQUIRED or limit is None or limit.limiter is not LimiterKind.NONE:
+        return None  # none was promised, or an image holds itself
+    return f"volume {record.handle} is not held to its size ({limit.level}), and its class says `limit: required`"
 
 
 def _lack(pool: str, means: Means, inodes: int | None) -> str | None:

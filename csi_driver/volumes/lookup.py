@@ -1,7 +1,7 @@
-"""Finding a volume by its handle."""
+"""Finding a volume by its handle, and telling which snapshots are there for others."""
 
-from csi_driver.errors import NotFound, quoted
-from csi_driver.volumes.model import Phase, VolumeRecord
+from csi_driver.errors import NotFound, RecordDamaged, quoted
+from csi_driver.volumes.model import Phase, SnapshotRecord, VolumeRecord
 from csi_driver.volumes.pools import Pools, PoolStore
 
 
@@ -12,3 +12,14 @@ def find_ready(pools: Pools, handle: str) -> tuple[PoolStore, VolumeRecord]:
     if located is None or record is None or record.phase is not Phase.READY:
         raise NotFound(f"volume {quoted(handle)} does not exist")
     return located[0], record
+
+
+def is_shown(store: PoolStore, record: SnapshotRecord) -> bool:
+    """Tell whether a snapshot is complete, and, being a member of a group, all others of its group are: they exist together or not at all."""
+    if record.phase is not Phase.READY or record.group_handle is None:
+        return record.phase is Phase.READY
+    try:
+        group = store.groups.get(record.group_handle.rpartition(".")[2])
+    except RecordDamaged:
+        return True  # the data is there, and this record is sound
+    return group is None or group.phase is Phase.READY

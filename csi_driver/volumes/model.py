@@ -235,11 +235,15 @@ class ManifestSummary:
 
 @dataclass(frozen=True)
 class Limit:
-    """What holds a volume: by what, how well (`hard`, `hard but for …`, `none: …`), and the project id or subvolume that is limited."""
+    """What holds a volume: by what, how well (`hard`, `hard but for …`, `none: …`), and the project id or subvolume that is limited.
+
+    A project id means something on its `filesystem` alone (linux/filesystem_ids.py; None: unknown).
+    """
 
     limiter: LimiterKind
     level: str
     mark: int | None = None
+    filesystem: str | None = None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from csi_driver.errors import (
 )
 from csi_driver.volumes import access
 from csi_driver.volumes.contents import Contents
+from csi_driver.volumes.finality import may_be_left, take_back
 from csi_driver.volumes.handles import VOLUME
 from csi_driver.volumes.jobs import JobControl, Jobs
 from csi_driver.volumes.limits import Holding, ImageHolding, Limits
@@ -166,7 +167,10 @@ class Provisioner:
 
         if _is_made_at_once(record):
             return self._complete(store, record, None, add)
-        return add(record)
+        try:
+            return add(record)
+        except BaseException as error:  # noqa: BLE001 - raised again
+            take_back(error, lambda: self._give_up(store, record), f"volume {record.handle}")
 
     def _own_directory(self, store: PoolStore, record_id: str) -> str:
         # The data of a retained volume keeps its place when the name is used again.
@@ -197,8 +201,10 @@ class Provisioner:
         With `add` there is no record yet, so the id may be another controller's: until `add` has shown the record, nothing but what
         has its token is touched.
         """
+        what = f"volume {record.handle}"
         if add is None and self._contents.is_in_place(store, record):
-            return self._contents.make_ready(store, record)
+            with may_be_left(what):
+                return self._contents.make_ready(store, record)
         try:
             holding = self._limits.holding(store, record)
             if record.source is None:
@@ -208,10 +214,10 @@ class Provisioner:
             else:
                 record = self._fill(store, record, job, holding)
             record = self._contents.place_volume(store, replace(record, limit=holding.limit), add or store.volumes.replace)
-        except BaseException:
-            self._give_up(store, record)
-            raise
-        return self._contents.make_ready(store, record)
+        except BaseException as error:  # noqa: BLE001 - raised again
+            take_back(error, lambda: self._give_up(store, record), what)
+        with may_be_left(what):
+            return self._contents.make_ready(store, record)
 
     def _fill(
         self, store: PoolStore, record: VolumeRecord, job: JobControl | None, holding: Holding | ImageHolding
@@ -225,12 +231,13 @@ class Provisioner:
             report = self._contents.copy(store, record.id, token, source, record.ownership, job, holding, size)
         return replace(record, capture=report)
 
-    def _give_up(self, store: PoolStore, record: VolumeRecord) -> None:
+    def _give_up(self, store: PoolStore, record: VolumeRecord) -> bool:
+        """Take back what was made of a volume, and tell whether nothing is left."""
         current = store.volumes.get(record.id)
         if current is not None and current.token != record.token:
             current = None  # another's, who was first
         if current is not None and self._contents.is_in_place(store, current):
-            return  # only the last steps failed: a retry completes them
+            return False  # only the last steps failed: a retry completes them
         if _is_made_at_once(record):
             store.drop_empty_staging(record.id, record.token)
         else:
@@ -238,6 +245,7 @@ class Provisioner:
         if current is not None:
             self._contents.release_claim(store, current)
             store.volumes.remove(record.id)
+        return True
 
     # --- read ---------------------------------------------------------------------------------------------------------------------
 
@@ -257,7 +265,9 @@ class Provisioner:
     def validate(self, handle: str, capabilities: Sequence[Capability], context: Mapping[str, str]) -> str | None:
         """Return None where the volume has all capabilities, else why it has not. Raises NotFound."""
         store, record = find_ready(self._pools, handle)
-        if context and dict(context) != dict(self.show(store, record).context):
+        shown = self.show(store, record).context
+        # What holds the volume is told for people, and changes where its pool is moved to another filesystem.
+        if context and (set(context) != set(shown) or any(context[key] != shown[key] for key in _LASTING)):
             return "volume_context is not the one that CreateVolume gave"
         problems = (access.unsupported(capability, store.backend, record.form) for capability in capabilities)
         return next((problem for problem in problems if problem), None)
@@ -304,6 +314,9 @@ class Provisioner:
             record = store.volumes.get(record_id)
             if record is not None:
                 self._removal.remove(store, record)
+
+
+_LASTING = ("pool", "layout")
 
 
 def is_listed(record: VolumeRecord) -> bool:

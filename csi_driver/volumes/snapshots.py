@@ -10,9 +10,11 @@ from dataclasses import replace
 from csi_driver.errors import AlreadyExists, InvalidArgument, NotFound, RecordDamaged, ResourceExhausted, quoted
 from csi_driver.volumes.captures import consistency_of
 from csi_driver.volumes.contents import Contents
+from csi_driver.volumes.finality import may_be_left, take_back
 from csi_driver.volumes.handles import SNAPSHOT, parse_handle
 from csi_driver.volumes.jobs import JobControl, Jobs
 from csi_driver.volumes.locks import KeyedLocks
+from csi_driver.volumes.lookup import is_shown
 from csi_driver.volumes.model import (
     ContentSource,
     CreateSnapshot,
@@ -101,10 +103,10 @@ class Snapshots:
                     record = self.place(store, self.cut(store, record, job))
                     if request.digests:
                         record = self._verifier.digest(store, record, job)
-                except BaseException:
-                    self.give_up(store, record_id)
-                    raise
-            return show(store, store.snapshots.replace(replace(record, phase=Phase.READY)))
+                except BaseException as error:  # noqa: BLE001 - raised again
+                    take_back(error, lambda: self.give_up(store, record_id), f"snapshot {record.handle}")
+            with may_be_left(f"snapshot {record.handle}"):
+                return show(store, store.snapshots.replace(replace(record, phase=Phase.READY)))
 
     # --- the steps, which group snapshots share -------------------------------------------------------------------------------------
 
@@ -127,18 +129,29 @@ class Snapshots:
             group_handle=group_handle,
             form=source.form,
         )
-        if not store.snapshots.add(record):
+        with may_be_left(f"snapshot {record.handle}"):
+            added = store.snapshots.add(record)
+        if not added:
             raise AlreadyExists(f"snapshot {quoted(name)} is being made by another controller")
         return record
+
+    def is_cut(self, store: PoolStore, record: SnapshotRecord) -> bool:
+        """Tell whether the content of a snapshot is in its place: it gets there complete or not at all."""
+        return self._contents.has_snapshot(store, record.id)
 
     def cut(self, store: PoolStore, record: SnapshotRecord, job: JobControl) -> SnapshotRecord:
         """Make the content of a snapshot that is `creating`, out of sight in staging; `place` must follow."""
         if self._contents.has_snapshot(store, record.id):
             return record  # in place before a crash: content gets there complete or not at all
-        with self._sources.hold(ContentSource(SourceKind.VOLUME, record.source_handle)) as source:
+        origin = ContentSource(SourceKind.VOLUME, record.source_handle)
+        with self._sources.hold(origin) as source:
             cut_at = time.time_ns()  # after a crash it is cut anew, and later
             report = self._contents.copy(store, record.id, record.token, source, None, job)
-        return replace(record, capture=report, created_at_ns=cut_at, consistency=consistency_of(report, record.form))
+            # Asked after the cut: the volume may have grown meanwhile, and more may be in the snapshot than it was allowed before.
+            size = self._contents.size_of_staged(store, record) or self._sources.size_of(origin)
+        return replace(
+            record, capture=report, size_bytes=size, created_at_ns=cut_at, consistency=consistency_of(report, record.form)
+        )
 
     def place(self, store: PoolStore, record: SnapshotRecord) -> SnapshotRecord:
         """Move what was cut into its place; it stays `creating` until the caller says `ready`."""
@@ -149,11 +162,12 @@ class Snapshots:
         self._contents.place_snapshot(store, record.id, record.token)
         return record
 
-    def give_up(self, store: PoolStore, record_id: str) -> None:
-        """Take back a snapshot that never became ready."""
+    def give_up(self, store: PoolStore, record_id: str) -> bool:
+        """Take back a snapshot that never became ready, and tell that nothing is left. The caller holds the snapshot's lock."""
         self._contents.discard(store, record_id)
         store.discard_snapshot_data(record_id)
         store.snapshots.remove(record_id)
+        return True
 
     # --- read ---------------------------------------------------------------------------------------------------------------------
 
@@ -161,7 +175,7 @@ class Snapshots:
         """Return a snapshot. Raises NotFound."""
         located = self._pools.locate(handle)
         record = located[0].snapshots.get(located[1]) if located else None
-        if located is None or record is None or record.phase is not Phase.READY:
+        if located is None or record is None or not is_shown(located[0], record):
             raise NotFound(f"snapshot {quoted(handle)} does not exist")
         return show(located[0], record)
 
@@ -175,7 +189,7 @@ class Snapshots:
 
         def read(store: PoolStore, ids: list[str]) -> Iterable[Snapshot]:
             for record in store.snapshots.each(ids):
-                if isinstance(record, RecordDamaged) or record.phase is not Phase.READY:
+                if isinstance(record, RecordDamaged) or not is_shown(store, record):
                     continue
                 if not source_handle or record.source_handle == source_handle:
                     yield show(store, record)

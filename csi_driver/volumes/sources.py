@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from csi_driver.errors import NotFound, quoted
 from csi_driver.volumes.contents import Source, content_key
 from csi_driver.volumes.locks import KeyedLocks
+from csi_driver.volumes.lookup import is_shown
 from csi_driver.volumes.model import ContentSource, Form, Phase, SnapshotRecord, SourceKind, VolumeRecord
 from csi_driver.volumes.pools import Pools, PoolStore
 
@@ -54,6 +55,11 @@ class Sources:
             store, record_id = located
             record: VolumeRecord | SnapshotRecord | None
             record = store.snapshots.get(record_id) if source.kind is SourceKind.SNAPSHOT else store.volumes.get(record_id)
-            if record is not None and record.phase is Phase.READY:
+            shown = (
+                is_shown(store, record)
+                if isinstance(record, SnapshotRecord)
+                else record is not None and record.phase is Phase.READY
+            )
+            if record is not None and shown:
                 return store, record
         raise NotFound(f"the {source.kind} {quoted(source.handle)} that volume_content_source names does not exist")

@@ -196,13 +196,16 @@ class Sweeper:
                     _count(report, snapshot.phase)
 
     def _renew_limits(self, store: PoolStore, report: SweepReport) -> None:
-        """Hold volumes again whose limits went when quotas were switched off."""
+        """Hold volumes again whose limits went when quotas were switched off, or that came with their pool from another disk."""
         for record_id in self._limits.lost(store):
             with self._one(store, report), self._hold(store, record_id):
                 current = store.volumes.get(record_id)
                 if current is not None and current.phase is Phase.READY:
-                    self._limits.change(store, current, current.capacity_bytes)
-                    _log.info("a volume is held to its size again", extra={"volume": current.handle})
+                    renewed = self._limits.renew(store, current, self._stop.is_set)
+                    if renewed != current:
+                        store.volumes.replace(renewed)
+                    level = renewed.limit.level if renewed.limit is not None else ""
+                    _log.info("a volume is held to its size again", extra={"volume": current.handle, "limit": level})
 
     @contextmanager
     def _one(self, store: PoolStore, report: SweepReport) -> Iterator[None]:

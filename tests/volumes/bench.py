@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from csi_driver.backends.hostpath import HostPathBackend
 from csi_driver.config import HostPathPool
 from csi_driver.linux import mountinfo, mounts
 from csi_driver.volumes.assembly import Domain, Installation, assemble
+from csi_driver.volumes.jobs import JobControl
 from csi_driver.volumes.model import (
     AccessMode,
     AccessType,
@@ -29,6 +30,7 @@ from csi_driver.volumes.model import (
     StageVolume,
     Volume,
 )
+from csi_driver.volumes.turns import COPIES_AT_ONCE
 
 DRIVER = "hostpath.csi.tatami.dev"
 NODE = "node-1"
@@ -197,6 +199,16 @@ def copying_stands_still_at(*paths: Path) -> Iterator[None]:
         for descriptor in descriptors:
             os.close(descriptor)
         signal.signal(signal.SIGIO, told)
+
+
+@contextmanager
+def all_turns_taken(bench: Bench, pool: str = "default") -> Iterator[None]:
+    """Let what captures in the pool wait in line; it goes on afterwards."""
+    turns = bench.domain.services.snapshots._contents._captures._turns
+    with ExitStack() as taken:
+        for number in range(COPIES_AT_ONCE):
+            taken.enter_context(turns.take(pool, JobControl(f"before-{number}")))
+        yield
 
 
 def until(condition: Callable[[], object], seconds: float = 20.0) -> None:

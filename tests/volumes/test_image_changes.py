@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from bench import Bench, make_bench
+from bench import Bench, all_turns_taken, make_bench, until
 from images import (
     CHANGE_FD,
     CLR_FD,
@@ -318,6 +318,36 @@ def test_a_clone_is_another_image_and_larger_if_it_shall_be(reflinks):
     assert os.statvfs(at).f_blocks * os.statvfs(at).f_frsize > 50 * MIB
     (at / "file").write_text("changed")
     assert (target / "file").read_text() == "content"
+
+
+def test_an_image_that_grows_before_it_is_captured_gives_its_snapshot_its_new_size_and_is_too_large_for_a_clone(
+    tmp_path, make_disk
+):
+    bench = make_bench(tmp_path, (HostPathPool("default", make_disk("xfs", size="1G", kind="xfs") / "pool"),))
+    volume = make_image(bench, "v", block())
+    made, refused = [], []
+
+    def clone():
+        with pytest.raises(OutOfRange, match="33554432 bytes by now"):
+            make_image(bench, "clone", block(), size=16 * MIB, source=bench.volume_source(volume))
+        refused.append("clone")
+
+    with all_turns_taken(bench):
+        asked = [threading.Thread(target=lambda: made.append(bench.snapshot("snap", volume))), threading.Thread(target=clone)]
+        for thread in asked:
+            thread.start()
+        until(lambda: sum(bool(job.ahead) for job in bench.domain.jobs.running()) == 2)
+        bench.volumes.expand(volume.record.handle, CapacityRange(32 * MIB), None)
+    for thread in asked:
+        thread.join()
+    assert refused == ["clone"]
+    assert made[0].record.size_bytes == 32 * MIB
+    with pytest.raises(OutOfRange, match="the content source needs 33554432"):
+        restore(bench, "restored", made[0], block(), size=16 * MIB)
+    assert os.stat(bench.path(restore(bench, "restored", made[0], block(), size=32 * MIB)) / "image").st_size == 32 * MIB
+    bench.sweep()
+    assert bench.leftovers() == []
+    bench.domain.stop(5)
 
 
 def test_block_is_cloned_and_restored_bit_by_bit(bench):

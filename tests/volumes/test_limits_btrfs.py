@@ -9,9 +9,9 @@ from limit_stories import *  # noqa: F403 - the tests that every limiter has to 
 from limit_stories import SIZE, Held, bench_on, complaints, du, stops_at, write
 
 from csi_driver.errors import FailedPrecondition
-from csi_driver.linux import btrfs_qgroups
+from csi_driver.linux import btrfs, btrfs_qgroups
 from csi_driver.volumes.limiters import SUBVOLUMES
-from csi_driver.volumes.model import CapacityRange
+from csi_driver.volumes.model import CapacityRange, LimitPolicy
 
 pytestmark = pytest.mark.root
 """limit_stories has no marks of its own."""
@@ -114,3 +114,94 @@ def enable_simple_quotas(descriptor):
         call(descriptor, request_number(3, 40, 16), struct.pack("=QQ", 4, 0))  # BTRFS_IOC_QUOTA_CTL, ENABLE_SIMPLE_QUOTA
     except OSError as error:
         pytest.skip(f"this kernel has no simple quotas: {error}")
+
+
+# --- a pool that moves ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def moved(held, tmp_path, make_disk):
+    """Moves the pool, file by file, to another disk; there, what has the number of the volume's subvolume is somebody else's."""
+
+    def move(volume, into_subvolume):
+        disk = make_disk("moved", "768M", "btrfs")
+        switch_on(disk)
+        mark = held.bench.volumes.get(volume.record.handle).record.limit.mark
+        foreign = disk / "foreign"
+        for number in range(1000):
+            subprocess.run(["btrfs", "-q", "subvolume", "create", foreign], check=True)
+            if subvolume(foreign) == mark:
+                break
+            foreign = disk / f"foreign-{number}"
+        subprocess.run(["btrfs", "qgroup", "limit", str(8 * SIZE), foreign], check=True)
+        subprocess.run(["cp", "-a", held.disk / "pool", disk / "pool"], check=True)
+        if into_subvolume:
+            top = disk / "pool" / volume.record.directory
+            top.rename(disk / "content")
+            subprocess.run(["btrfs", "-q", "subvolume", "create", top], check=True)
+            top.chmod(0o777)
+            subprocess.run(["cp", "-a", f"{disk / 'content'}/.", top], check=True)
+        held.bench.domain.stop(5)
+        (tmp_path / "moved").mkdir()
+        return Held(bench_on(tmp_path / "moved", disk), disk), foreign
+
+    return move
+
+
+def subvolume(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return btrfs.subvolume_id(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def limit_of(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return btrfs_qgroups.read_qgroup(descriptor, btrfs.subvolume_id(descriptor)).limit_bytes
+    finally:
+        os.close(descriptor)
+
+
+def test_a_volume_that_came_with_its_pool_from_another_disk_never_touches_what_has_its_number_there(held, moved):
+    volume = held.create("v")
+    there, foreign = moved(volume, into_subvolume=False)
+    there.bench.volumes.expand(volume.record.handle, CapacityRange(2 * SIZE), None)
+    assert limit_of(foreign) == 8 * SIZE
+    assert there.stats(volume).source == "walk"
+    assert complaints(there, volume) == ["LimitOff"]
+    there.bench.sweep()
+    assert limit_of(foreign) == 8 * SIZE
+    said = there.bench.volumes.get(volume.record.handle)
+    assert (said.context["limiter"], said.record.limit.mark) == ("none", None)
+    assert "came from another filesystem; what lies there is no btrfs subvolume" in said.context["limit"]
+    there.bench.node.unstage(volume.record.handle, there.bench.staging_of(volume.record.handle))
+    there.bench.volumes.delete(volume.record.handle)
+    there.bench.sweep()
+    assert limit_of(foreign) == 8 * SIZE
+    there.bench.domain.stop(5)
+
+
+def test_a_volume_that_came_with_its_pool_from_another_disk_is_held_again(held, moved):
+    volume = held.create("v", limit=LimitPolicy.REQUIRED)
+    write(held.bench.path(volume), name="before", uid=1000, most=SIZE // 2)
+    there, foreign = moved(volume, into_subvolume=True)
+    assert complaints(there, volume) == ["LimitOff"]
+    there.bench.sweep()
+    assert complaints(there, volume) == []
+    assert there.held_to(volume)[0] == SIZE
+    assert limit_of(foreign) == 8 * SIZE
+    stops_at(write(there.bench.path(volume), name="after", uid=1000), SIZE // 2)
+    said = there.bench.volumes.get(volume.record.handle)
+    assert there.bench.volumes.validate(volume.record.handle, (), volume.context) is None
+    assert said.record.limit.mark == subvolume(there.bench.path(volume))
+    there.bench.domain.stop(5)
+
+
+def test_a_required_limit_that_cannot_be_had_where_the_volume_lies_now_is_told(held, moved):
+    volume = held.create("v", limit=LimitPolicy.REQUIRED)
+    there, _ = moved(volume, into_subvolume=False)
+    there.bench.sweep()
+    assert complaints(there, volume) == ["LimitOff"]
+    there.bench.domain.stop(5)

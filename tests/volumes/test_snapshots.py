@@ -3,11 +3,19 @@ import threading
 import time
 
 import pytest
-from bench import DRIVER, MIB, NODE, copying_stands_still_at, make_bench, until
+from bench import DRIVER, MIB, NODE, all_turns_taken, copying_stands_still_at, make_bench, until
 from trees import fill, seen
 
 from csi_driver.config import HostPathPool
-from csi_driver.errors import AlreadyExists, FailedPrecondition, NotFound, OperationPending, RecordDamaged, ResourceExhausted
+from csi_driver.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    NotFound,
+    OperationPending,
+    OutOfRange,
+    RecordDamaged,
+    ResourceExhausted,
+)
 from csi_driver.volumes.model import CapacityRange, ContentSource, CreateSnapshot, Page, SourceKind
 
 
@@ -54,6 +62,21 @@ def test_the_size_of_a_snapshot_is_its_sources_at_that_time(bench, source):
     bench.volumes.expand(source.record.handle, CapacityRange(8 * MIB), None)
     assert bench.snapshot("second", source).record.size_bytes == 8 * MIB
     assert bench.snapshots.get(first.record.handle).record.size_bytes == 2 * MIB
+
+
+def test_a_volume_that_grows_before_its_snapshot_is_cut_gives_it_its_new_size(bench, source):
+    made = []
+    with all_turns_taken(bench):
+        asked = threading.Thread(target=lambda: made.append(bench.snapshot("snap", source)))
+        asked.start()
+        until(lambda: any(job.ahead for job in bench.domain.jobs.running()))
+        bench.volumes.expand(source.record.handle, CapacityRange(8 * MIB), None)
+    asked.join()
+    assert made[0].record.size_bytes == 8 * MIB
+    assert bench.snapshots.get(made[0].record.handle) == made[0]
+    with pytest.raises(OutOfRange, match="the content source needs 8388608"):
+        bench.restore("restored", made[0], size=2 * MIB)
+    assert bench.restore("restored", made[0], size=0).record.capacity_bytes == 8 * MIB
 
 
 def test_snapshots_lie_where_no_tenant_can_see_them(bench, source):

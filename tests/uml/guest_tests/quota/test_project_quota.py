@@ -10,7 +10,7 @@ from bench import MIB
 from limit_stories import *  # noqa: F403 - the tests that every limiter has to pass
 from limit_stories import SIZE, Held, bench_on, complaints, du, limits_at, marks_in_use, stops_at, wait_for, write
 
-from csi_driver.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from csi_driver.errors import FailedPrecondition, InvalidArgument, OutOfRange, ResourceExhausted
 from csi_driver.linux import project_limits, quota
 from csi_driver.linux.project_limits import ProjectIds, claim
 from csi_driver.linux.projects import Project, project_of, set_project
@@ -250,7 +250,7 @@ def test_a_limit_is_there_before_a_copy_begins(held):
     held.sync()
     free = os.statvfs(held.disk)
     least = free.f_bfree
-    with pytest.raises((ResourceExhausted, OSError)):
+    with pytest.raises((OutOfRange, OSError)):
         held.bench.clone("copy", source, SIZE)
     assert limits_at(descriptor, source.record.limit)[0] == 0
     if PRIVILEGED not in held.means.level:
@@ -272,3 +272,54 @@ def test_stats_are_quick_whatever_is_in_the_volume(held):
     started = time.monotonic()
     assert held.limits.stats(held.bench.pool(), held.bench.volumes.get(volume.record.handle).record).inodes.used == 4021
     assert time.monotonic() - started < 0.5
+
+
+# --- a pool that moves ------------------------------------------------------------------------------------------------------------
+
+
+def disk_kind(disk):
+    return subprocess.run(["findmnt", "-no", "FSTYPE", disk], check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.mark.parametrize("carried", [False, True], ids=["project ids left behind", "project ids brought along"])
+def test_a_volume_that_came_from_another_disk_is_held_again_and_never_touches_whose_id_it_had(
+    held, tmp_path, make_disk, carried
+):
+    volume = held.create("v", inodes=50)
+    mark = volume.record.limit.mark
+    (held.bench.path(volume) / "deep" / "er").mkdir(parents=True)
+    (held.bench.path(volume) / "deep").chmod(0o777)
+    write(held.bench.path(volume) / "deep", name="before", uid=1000, most=SIZE // 2)
+    os.mkfifo(held.bench.path(volume) / "fifo")
+    (held.bench.path(volume) / "link").symlink_to("/etc")
+    disk = make_disk(disk_kind(held.disk))
+    foreign = disk / "foreign"
+    foreign.mkdir()
+    theirs = opened(foreign)
+    set_project(theirs, Project(mark, inherit=True))
+    quota.set_limits(theirs, mark, 8 * SIZE, 0)
+    subprocess.run(["cp", "-a", held.disk / "pool", disk / "pool"], check=True)
+    held.bench.domain.stop(5)
+    (tmp_path / "moved").mkdir()
+    there = Held(bench_on(tmp_path / "moved", disk), disk)
+    if carried:
+        top = opened(there.bench.path(volume))
+        set_project(top, Project(mark, inherit=True))
+        os.close(top)
+    assert complaints(there, volume) == ["LimitOff"]
+    assert there.stats(volume).source == "walk"
+    there.bench.volumes.expand(volume.record.handle, CapacityRange(SIZE + MIB), None)
+    assert quota.read_quota(theirs, mark).limit_bytes == 8 * SIZE
+    there.bench.sweep()
+    assert complaints(there, volume) == []
+    assert there.held_to(volume) == (SIZE + MIB, 50)
+    new_mark = there.bench.volumes.get(volume.record.handle).record.limit.mark
+    assert new_mark != mark
+    assert there.stats(volume).inodes.used == 4  # a symbolic link and a fifo cannot be given a project
+    stops_at(write(there.bench.path(volume), name="after", uid=1000), SIZE // 2 + MIB)
+    there.bench.node.unstage(volume.record.handle, there.bench.staging_of(volume.record.handle))
+    there.bench.volumes.delete(volume.record.handle)
+    there.bench.sweep()
+    assert quota.read_quota(theirs, mark).limit_bytes == 8 * SIZE
+    os.close(theirs)
+    there.bench.domain.stop(5)
