@@ -16,6 +16,13 @@ for route; do
   ip route add $route
 done
 for module in overlay br_netfilter nf_conntrack; do /run/modules/modprobe $module; done
+# kube-proxy and the kubelet call iptables, and this kernel knows only its older interface for address translation.
+for program in iptables ip6tables; do
+  for more in "" -save -restore; do ln -sf /usr/sbin/$program-legacy$more /etc/alternatives/$program$more; done
+done
+for module in ip_tables iptable_nat iptable_filter iptable_mangle ip6_tables ip6table_nat ip6table_filter ip6table_mangle; do
+  /run/modules/modprobe $module
+done
 echo 1 >/proc/sys/net/ipv4/ip_forward
 
 # Version 2: the guest's kernel has one processor and no cpuset, which version 1 would demand.

@@ -119,6 +119,7 @@ class GuestNode(Node):
     """A node in a guest. It has no directories that this machine could look into: `run` and `sh` look from inside."""
 
     kubelet_arguments = (f"--node-labels={LABEL}={VALUE}", f"--register-with-taints={LABEL}={VALUE}:NoSchedule")
+    proxy_mode = "iptables"  # its kernel has no address translation for nf_tables
 
     def __init__(self, spec: NodeSpec) -> None:
         super().__init__(spec)

@@ -26,6 +26,7 @@ class Node:
     """A node as the tests see it: its services can be stopped and started, its directories looked into."""
 
     kubelet_arguments: Sequence[str] = ()
+    proxy_mode = "nftables"
 
     def __init__(self, spec: NodeSpec) -> None:
         self.spec = spec
@@ -98,7 +99,7 @@ class Node:
             "kube-proxy",
             "--kubeconfig=/var/lib/cluster/proxy.kubeconfig",
             f"--hostname-override={self.name}",
-            "--proxy-mode=nftables",
+            f"--proxy-mode={self.proxy_mode}",
             "--conntrack-max-per-core=0",  # the limit is the host's, and not ours to set
             "--healthz-bind-address=127.0.0.1:10256",
         )
