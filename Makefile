@@ -111,9 +111,9 @@ test-nfs: $(VENV)/dev.stamp $(SANITY) packages ## The driver on real NFS servers
 
 # A whole cluster on this machine: namespaces, a bridge, loop devices. As root.
 .PHONY: cluster
-cluster: $(VENV)/dev.stamp $(HELM) ## Bring up Kubernetes with two nodes and the driver, from nothing (as root)
+cluster: $(VENV)/dev.stamp $(HELM) ## Bring up Kubernetes with two nodes and the driver, from nothing (as root; ARGS=--nfs: and NFS)
 	tests/cluster/install.sh
-	cd tests && HELM=$(abspath $(HELM)) $(abspath $(VENV))/bin/python -m cluster up
+	cd tests && HELM=$(abspath $(HELM)) $(abspath $(VENV))/bin/python -m cluster up $(ARGS)
 
 .PHONY: cluster-down
 cluster-down: $(VENV)/dev.stamp ## Leave nothing of the cluster, nor of one whose making was killed

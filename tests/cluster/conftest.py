@@ -12,6 +12,8 @@ import pytest
 
 from cluster import assembly, driver, teardown
 from cluster.nodes import Node, all_nodes
+from cluster.share import Share
+from cluster.share import share as cluster_share
 from cluster.story import Story
 
 HERE = Path(__file__).resolve().parent
@@ -45,6 +47,15 @@ def cluster() -> Iterator[dict[str, Node]]:
         teardown.destroy()
 
 
+@pytest.fixture(scope="session")
+def share(cluster) -> Iterator[Share]:
+    """The nodes with NFS, the driver for it, and the server's share: for stories that ask."""
+    mine = not assembly.nfs_is_up()
+    yield assembly.up_nfs() if mine else cluster_share()
+    if mine:
+        assembly.down_nfs()
+
+
 @pytest.fixture
 def story(cluster, request) -> Iterator[Story]:
     story = Story(cluster, request.node.name)
@@ -61,7 +72,8 @@ def pytest_runtest_makereport(item, call):
     if report.failed and story is not None:
         try:
             report.sections.append(("the story's objects", story.explain()))
-            report.sections.append(("the driver", driver.explain()))
+            on_nfs = "share" in item.fixturenames
+            report.sections.append(("the driver", driver.explain(driver.NFS_NAMESPACE if on_nfs else driver.NAMESPACE)))
         except (RuntimeError, OSError, TimeoutError) as error:
             report.sections.append(("no explanation", str(error)))
     return report

@@ -11,16 +11,20 @@ from typing import Any
 
 from cluster import images
 from cluster.driver_image import driver_image
+from cluster.guests import LABEL, TAINT, VALUE
 from cluster.kubectl import Kubectl
 from cluster.layout import CHECKOUT, KUBECONFIG
 from cluster.nodes import Node
 from cluster.progress import step
 
 CHART = CHECKOUT / "deploy" / "chart" / "tatami"
-NAMESPACE = "tatami-system"
 RELEASE = "tatami"
+NAMESPACE = "tatami-system"
+NFS_NAMESPACE = "tatami-nfs"
+"""Two releases of the chart, one for each kind of volumes: a story that upgrades one does not touch the other."""
 REGISTRY = "localhost"
 HOSTPATH = "hostpath.csi.tatami.dev"
+NFS = "nfs.csi.tatami.dev"
 POOL = Path("/var/lib/tatami/default")
 """Where the nodes' pool lies on each of them."""
 CAPACITY_SECONDS = 10
@@ -30,15 +34,31 @@ CAPACITY_SECONDS = 10
 def values(tag: str, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the chart's values for the cluster: its images, and a pool that inline volumes may use."""
     pools = {"default": {"path": str(POOL), "inline": True}}
+    elsewhere = {"matchExpressions": [{"key": LABEL, "operator": "NotIn", "values": [VALUE]}]}
+    affinity = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [elsewhere]}}}
+    return _common(tag) | {"hostpath": {"pools": pools, "node": {"affinity": affinity}}} | dict(changes or {})
+
+
+def nfs_values(tag: str, server: str, path: str, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the chart's values for NFS, all of it on the nodes whose kernel has it; `changes` are those of `nfs`."""
+    place = {"nodeSelector": {LABEL: VALUE}, "tolerations": [TAINT]}
     mine = {
+        "pools": {"default": {"server": server, "path": path, "options": ["vers=4.2", "hard"], "inline": True}},
+        # With a port the probes are HTTP: a process for each is dear in a guest.
+        "node": {**place, "metricsPort": 9810},
+        "controller": {**place, "metricsPort": 9811},
+    }
+    return _common(tag) | {"hostpath": {"enabled": False}, "nfs": mine | dict(changes or {})}
+
+
+def _common(tag: str) -> dict[str, Any]:
+    return {
         "global": {"imageRegistry": REGISTRY},
         "image": {"repository": "tatami", "tag": tag},
         "logLevel": "debug",
         "logFormat": "text",
-        "hostpath": {"pools": pools},
         "sidecars": {"provisioner": {"extraArgs": [f"--capacity-poll-interval={CAPACITY_SECONDS}s"]}},
     }
-    return mine | dict(changes or {})
 
 
 def install(nodes: Iterable[Node], changes: Mapping[str, Any] | None = None) -> None:
@@ -46,34 +66,34 @@ def install(nodes: Iterable[Node], changes: Mapping[str, Any] | None = None) -> 
     name, archive = driver_image()
     wanted = values(name.rpartition(":")[2], changes)
     with step("images onto the nodes"):
-        archives = [archive, *(images.sidecar(image, program) for image, program in _sidecars(wanted).items())]
+        archives = [archive, *sidecars(wanted)]
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda node: [node.import_image(one) for one in archives], nodes))
     upgrade(wanted)
 
 
-def upgrade(wanted: Mapping[str, Any], release: str = RELEASE) -> None:
+def upgrade(wanted: Mapping[str, Any], release: str = RELEASE, namespace: str = NAMESPACE) -> None:
     """Bring a release to these values and wait until its pods are ready."""
-    with step(f"helm upgrade --install {release}"):
+    with step(f"helm upgrade --install {release} in {namespace}"):
         try:
             _helm(
-                "upgrade", "--install", release, str(CHART), "--namespace", NAMESPACE, "--create-namespace",
-                "--wait", "--timeout", "120s", "--values", "-", stdin=json.dumps(wanted),
+                "upgrade", "--install", release, str(CHART), "--namespace", namespace, "--create-namespace",
+                "--wait", "--timeout", "150s", "--values", "-", stdin=json.dumps(wanted),
             )  # fmt: skip
             # helm is content with a DaemonSet that lacks as many pods as an upgrade may take away.
-            Kubectl(NAMESPACE).run("rollout", "status", "daemonset", "--timeout=120s", timeout=130)
+            Kubectl(namespace).run("rollout", "status", "daemonset", "--timeout=120s", timeout=130)
         except RuntimeError as error:
-            raise RuntimeError(f"{error}\n{explain()}") from None
+            raise RuntimeError(f"{error}\n{explain(namespace)}") from None
 
 
-def uninstall(release: str = RELEASE) -> None:
+def uninstall(release: str = RELEASE, namespace: str = NAMESPACE) -> None:
     """Remove a release."""
-    _helm("uninstall", release, "--namespace", NAMESPACE, "--wait", "--timeout", "90s")
+    _helm("uninstall", release, "--namespace", namespace, "--wait", "--timeout", "90s")
 
 
-def explain(lines: int = 60) -> str:
+def explain(namespace: str = NAMESPACE, lines: int = 60) -> str:
     """Return what the driver's pods look like and say, for a story that failed."""
-    client = Kubectl(NAMESPACE)
+    client = Kubectl(namespace)
     parts = [client.run("get", "pods", "-o", "wide")]
     parts += [f"--- {line}" for line in client.events()[-15:]]
     for pod in client.find("pods"):
@@ -87,15 +107,15 @@ def explain(lines: int = 60) -> str:
     return "\n".join(parts)
 
 
-def _sidecars(wanted: Mapping[str, Any]) -> dict[str, str]:
-    """Find the sidecars' images in the rendered chart: image -> program, which has the name of the image's last part."""
+def sidecars(wanted: Mapping[str, Any]) -> list[Path]:
+    """Return the archives of the sidecars' images, found in the rendered chart; the program has the name of the image's last part."""
     # --validate: rendered for this cluster, with its version and its snapshots' kinds.
     rendered = _helm(
         "template", RELEASE, str(CHART), "--namespace", NAMESPACE, "--validate", "--values", "-", stdin=json.dumps(wanted)
     )
     named = set(re.findall(r"^\s*-?\s*image: \"?([^\"\s]+)\"?\s*$", rendered, re.MULTILINE))
     programs = {image: image.partition("@")[0].rpartition(":")[0].rpartition("/")[2] for image in named}
-    return {image: program for image, program in programs.items() if program != "tatami"}
+    return [images.sidecar(image, program) for image, program in sorted(programs.items()) if program != "tatami"]
 
 
 def _helm(*arguments: str, stdin: str = "") -> str:
@@ -106,7 +126,7 @@ def _helm(*arguments: str, stdin: str = "") -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=180,
+        timeout=200,
     )
     if done.returncode != 0:
         raise RuntimeError(f"helm {arguments[0]}: {done.stderr.strip()}")

@@ -68,4 +68,7 @@ class NodeSpec:
 
 # Not the same size: a pod that is too large for one node has to land on the other.
 NODES = (NodeSpec("node1", 1, 10), NodeSpec("node2", 2, 20))
+# Nodes whose kernel has NFS. They come up when somebody asks for them; their names and addresses are the cluster's from the start.
+NFS_NODES = (NodeSpec("nfs1", 3, 20), NodeSpec("nfs2", 4, 20))
+AGENT_PORT = 10240
 CONTROL_PLANE = "control-plane"

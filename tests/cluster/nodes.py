@@ -6,12 +6,12 @@ Its pool lies on a disk of its own, an XFS in a file, so that free space differs
 
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cluster import certificates, control_plane
 from cluster.kubectl import Kubectl, ready
-from cluster.layout import BINARIES, BRIDGE, GATEWAY, NETWORK_BITS, NODES, NodeSpec
+from cluster.layout import BINARIES, BRIDGE, GATEWAY, NETWORK_BITS, NFS_NODES, NODES, NodeSpec
 from cluster.machines import Machine, destroy_all
 from cluster.progress import wait_until
 
@@ -24,6 +24,9 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 class Node:
     """A node as the tests see it: its services can be stopped and started, its directories looked into."""
+
+    kubelet_arguments: Sequence[str] = ()
+    proxy_mode = "nftables"
 
     def __init__(self, spec: NodeSpec) -> None:
         self.spec = spec
@@ -40,7 +43,7 @@ class Node:
         _make_cgroup(self.spec.cgroup)
         if not (self.spec.directory / "disk").exists():
             self._make_disk()
-            self._write_files()
+            self.write_files(self.spec.var / "lib" / "cluster", kubelet_configuration(self.spec.cgroup))
         self.machine.run("sh", "-ec", MOUNTS, "sh", str(BINARIES), str(self.spec.var), str(self.spec.directory / "disk"))
         link = self.spec.link
         host = [
@@ -50,8 +53,12 @@ class Node:
         ]
         for command in host:
             subprocess.run(command, check=True, capture_output=True)
-        routes = [f"{other.pods} via {other.address}" for other in NODES if other != self.spec]
+        routes = self.routes()
         self.machine.run("sh", "-ec", NETWORK, "sh", f"{self.spec.address}/{NETWORK_BITS}", GATEWAY, *routes)
+
+    def routes(self) -> list[str]:
+        """Return the way to the pods of the other nodes, those included that may come later."""
+        return [f"{other.pods} via {other.address}" for other in (*NODES, *NFS_NODES) if other != self.spec]
 
     def power_off(self) -> None:
         """End all that runs on it at once, as a power cut does; its disk and what it has in /var stay."""
@@ -82,6 +89,7 @@ class Node:
             f"--node-ip={self.spec.address}",
             "--cert-dir=/var/lib/kubelet/pki",
             "--v=2",
+            *self.kubelet_arguments,
         )
 
     def start_proxy(self) -> None:
@@ -91,7 +99,7 @@ class Node:
             "kube-proxy",
             "--kubeconfig=/var/lib/cluster/proxy.kubeconfig",
             f"--hostname-override={self.name}",
-            "--proxy-mode=nftables",
+            f"--proxy-mode={self.proxy_mode}",
             "--conntrack-max-per-core=0",  # the limit is the host's, and not ours to set
             "--healthz-bind-address=127.0.0.1:10256",
         )
@@ -141,13 +149,13 @@ class Node:
             stream.truncate(self.spec.disk << 30)
         subprocess.run(["mkfs.xfs", "-q", str(disk)], check=True, capture_output=True)
 
-    def _write_files(self) -> None:
-        files = self.spec.var / "lib" / "cluster"
+    def write_files(self, files: Path, kubelet: Mapping[str, object]) -> None:
+        """Write what its services read, which they find in /var/lib/cluster."""
         network = files / "cni"
         network.mkdir(parents=True)
         (network / "10-pods.conflist").write_text(json.dumps(_pod_network(self.spec)))
         (files / "containerd.toml").write_text(CONTAINERD)
-        (files / "kubelet.json").write_text(json.dumps(kubelet_configuration(self.spec.cgroup)))
+        (files / "kubelet.json").write_text(json.dumps(kubelet))
         ca = files / "ca.crt"
         ca.write_bytes((certificates.DIRECTORY / "ca.crt").read_bytes())
         certificates.kubeconfig(f"system:node:{self.name}", files / "kubelet.kubeconfig")

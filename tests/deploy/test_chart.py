@@ -73,7 +73,7 @@ def test_nfs_comes_with_its_first_pool_and_hostpath_can_be_left_out(objects):
 
 def test_a_cluster_without_the_snapshot_apis_gets_no_snapshotter_and_no_class(objects):
     found = objects(*NFS, apis=())
-    assert not of_kind(found, "VolumeSnapshotClass", "VolumeAttributesClass")
+    assert not of_kind(found, "VolumeSnapshotClass", "VolumeGroupSnapshotClass", "VolumeAttributesClass")
     assert {c["name"] for _, _, c in containers(found)} == {"driver"} | SIDECARS - {"snapshotter"}
     assert not any("snapshot" in str(role["rules"]) for role in of_kind(found, "ClusterRole"))
     forced = objects("--set=snapshots=always", apis=())
@@ -235,6 +235,8 @@ def test_classes_name_the_driver_and_parameters_that_it_takes(objects):
     for found in of_kind(classes, "VolumeAttributesClass"):
         assert parameters.parse_mutable_parameters(found["parameters"]) == OnDelete.RETAIN
     drivers = {d["metadata"]["name"] for d in of_kind(classes, "CSIDriver")}
+    groups = of_kind(classes, "VolumeGroupSnapshotClass")
+    assert {c["driver"] for c in groups} == {DEFAULT_NAMES["nfs"]}  # external-snapshotter cannot make them per node
     users = of_kind(classes, "StorageClass", "VolumeSnapshotClass", "VolumeAttributesClass")
     assert {c.get("provisioner") or c.get("driver") or c.get("driverName") for c in users} == drivers
 

@@ -61,8 +61,11 @@ chmod 755 /run/modules/modprobe
 echo /run/modules/modprobe >/proc/sys/kernel/modprobe
 for module in loop nfsd nfsv3 nfsv4 quota_v2 veth bridge sch_netem nf_tables; do /run/modules/modprobe $module || echo "init: no module $module"; done
 
-# A disk of its own: images and filesystems may be larger than the guest's memory. The file behind it on the machine is sparse.
-if [ -b /dev/ubda ]; then mkfs.xfs -q -f -K /dev/ubda && mount -o noatime /dev/ubda /scratch; fi
+# A disk of its own, empty unless whoever boots put something on it: images and filesystems may be larger than the guest's memory.
+# The file behind it on the machine is sparse.
+if [ -b /dev/ubda ]; then
+  mount -t xfs -o noatime /dev/ubda /scratch 2>/dev/null || { mkfs.xfs -q -f -K /dev/ubda && mount -o noatime /dev/ubda /scratch; }
+fi
 
 echo "init: up after $(cut -d' ' -f1 /proc/uptime) s"
 job

@@ -28,7 +28,7 @@ import psutil
 
 HERE = pathlib.Path(__file__).resolve().parent
 CHECKOUT = HERE.parent.parent
-KERNEL = "linux.uml"
+KERNEL = HERE / "kernel.sh"
 PREFIX = "tatami-guest-"
 HANDED_ON = ("CSI_SANITY", "TATAMI_OUTAGE_SECONDS", "TATAMI_SPEED_FILES", "TATAMI_SPEED_MIB")
 """Variables that tests in a guest obey as those on the machine do; the first names a file."""
@@ -94,7 +94,6 @@ class Guest:
         self._ended = threading.Event()
         self._stop = threading.Event()
         self._why = ""
-        self._environment: dict[str, str] = {}
         self.seconds = 0.0
         # A thread of its own starts, watches and kills: the deadline then holds also where nobody reads the console, and the
         # kernel's parent-death signal, which follows the thread that forked and not the process (prctl(2)), comes at the right time.
@@ -187,15 +186,11 @@ class Guest:
         (self._directory / "job.sh").write_text(_job_script(self._job))
         with (self._directory / "disk").open("wb") as disk:
             disk.truncate(self._job.disk)
-        self._environment = dict(os.environ)
-        if "amx_tile" in pathlib.Path("/proc/cpuinfo").read_text():
-            library = self._directory / "wide_registers.so"
-            subprocess.run(["cc", "-O2", "-Wall", "-shared", "-fPIC", "-o", library, HERE / "wide_registers.c"], check=True)
-            self._environment["LD_PRELOAD"] = str(library)
 
     def _boot(self) -> None:
         kernel = [
-            KERNEL,
+            str(KERNEL),
+            str(self._directory),
             f"mem={self._job.memory >> 20}M",
             "root=/dev/root",
             "rootfstype=hostfs",
@@ -225,7 +220,7 @@ class Guest:
             *kernel,
         ]
         if self._interactive:
-            self._process = subprocess.Popen(command, env=self._environment)
+            self._process = subprocess.Popen(command)
             return
         with self._console.open("wb") as console:
             self._process = subprocess.Popen(
@@ -234,7 +229,6 @@ class Guest:
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=subprocess.STDOUT,
-                env=self._environment,
                 start_new_session=True,
             )
 
