@@ -23,6 +23,8 @@ REGISTRY = "localhost"
 HOSTPATH = "hostpath.csi.tatami.dev"
 POOL = Path("/var/lib/tatami/default")
 """Where the nodes' pool lies on each of them."""
+MAX_VOLUMES = 30
+"""Per node: more than the stories need, and few enough for a test that makes them all."""
 
 
 def values(tag: str, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -33,7 +35,7 @@ def values(tag: str, changes: Mapping[str, Any] | None = None) -> dict[str, Any]
         "image": {"repository": "tatami", "tag": tag},
         "logLevel": "debug",
         "logFormat": "text",
-        "hostpath": {"pools": pools},
+        "hostpath": {"pools": pools, "maxVolumesPerNode": MAX_VOLUMES},
     }
     return mine | dict(changes or {})
 
