@@ -124,6 +124,11 @@ test-cluster: $(VENV)/dev.stamp $(HELM) ## Stories in a real Kubernetes: in the 
 	tests/cluster/install.sh
 	HELM=$(abspath $(HELM)) $(PYTEST) -m cluster tests/cluster --durations=0 --durations-min=1
 
+.PHONY: test-external
+test-external: $(VENV)/dev.stamp $(HELM) ## Kubernetes' own external-storage suite (as root; BACKEND=hostpath; ARGS="--help")
+	tests/cluster/install.sh
+	cd tests && HELM=$(abspath $(HELM)) $(abspath $(VENV))/bin/python -m cluster.external $(BACKEND) $(ARGS)
+
 .PHONY: bench
 bench: $(VENV)/dev.stamp packages ## Captures beside cp and tar, side by side (as root; an hour; ARGS="--help", "--only copies", "--output json")
 	@$(VENV)/bin/python -m tests.bench.captures $(ARGS)

@@ -1,13 +1,14 @@
-"""Build Kubernetes and the sidecars from their modules, once for each set of pins.
+"""Build Kubernetes, the sidecars and Kubernetes' own storage suite from their modules, once for each set of pins.
 
 `binaries/go.mod` names them all as tools. What was built is good until that file, go.sum or the compiler changes: the stamp beside
-the programs is their digest.
+the programs is their digest. The suite has a stamp of its own: it takes as long as all the rest, and a cluster does without it.
 """
 
 import hashlib
 import json
 import os
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 from cluster.layout import BINARIES, HERE
@@ -15,24 +16,34 @@ from cluster.progress import say, step
 
 MODULE = HERE / "binaries"
 STAMP = BINARIES / "pins.sha256"
+SUITE_STAMP = BINARIES / "suite-pins.sha256"
+SUITE = "k8s.io/kubernetes/test/e2e"
+SUITE_TOOLS = ("github.com/onsi/ginkgo/v2/ginkgo", "k8s.io/kubernetes/test/images/agnhost")
 SNAPSHOT_CLIENT = "github.com/kubernetes-csi/external-snapshotter/client/v8"
 SNAPSHOTTER = "github.com/kubernetes-csi/external-snapshotter/v8"
 
 
 def build() -> Path:
-    """Build what is missing and return the directory of the programs; minutes when cold, nothing when they are there."""
+    """Build what a cluster is made of, as far as it is missing, and return the directory of the programs; minutes when cold."""
     digest = _digest()
-    if STAMP.exists() and STAMP.read_text() == digest:
-        return BINARIES
-    version = _version("k8s.io/kubernetes")
-    tools = _go("list", "tool").split()
-    BINARIES.mkdir(parents=True, exist_ok=True)
-    with step(f"building Kubernetes {version} and the sidecars ({len(tools)} programs)"):
-        for tool in tools:
-            # One at a time: linking two of them at once takes twice the memory, and no less time on few cores.
-            _go("build", "-trimpath", "-ldflags", _linker_flags(version), "-o", f"{BINARIES}/", tool)
-            say(f"  {tool.rpartition('/')[2]}")
-    STAMP.write_text(digest)
+    if not _is_built(STAMP, digest):
+        tools = [tool for tool in _go("list", "tool").split() if tool not in SUITE_TOOLS]
+        with step(f"building Kubernetes {_version('k8s.io/kubernetes')} and the sidecars ({len(tools)} programs)"):
+            _build_tools(tools)
+        STAMP.write_text(digest)
+    return BINARIES
+
+
+def build_suite() -> Path:
+    """Build `e2e.test`, the program that runs its specs in parallel, and the one in its pods; four minutes and 2 GB when cold."""
+    digest = _digest()
+    if not _is_built(SUITE_STAMP, digest):
+        flags = _linker_flags(_version("k8s.io/kubernetes"))
+        with step("building Kubernetes' external-storage suite"):
+            _build_tools(SUITE_TOOLS)
+            _go("test", "-c", "-vet=off", "-trimpath", "-ldflags", flags, "-o", str(BINARIES / "e2e.test"), SUITE)
+            say("  e2e.test")
+        SUITE_STAMP.write_text(digest)
     return BINARIES
 
 
@@ -44,6 +55,19 @@ def snapshot_crds() -> Path:
 def snapshot_controller_rbac() -> Path:
     """Return the snapshot-controller's own RBAC manifest."""
     return _directory(SNAPSHOTTER) / "deploy" / "kubernetes" / "snapshot-controller" / "rbac-snapshot-controller.yaml"
+
+
+def _is_built(stamp: Path, digest: str) -> bool:
+    return stamp.exists() and stamp.read_text() == digest
+
+
+def _build_tools(tools: Iterable[str]) -> None:
+    flags = _linker_flags(_version("k8s.io/kubernetes"))
+    BINARIES.mkdir(parents=True, exist_ok=True)
+    for tool in tools:
+        # One at a time: linking two of them at once takes twice the memory, and no less time on few cores.
+        _go("build", "-trimpath", "-ldflags", flags, "-o", f"{BINARIES}/", tool)
+        say(f"  {tool.rpartition('/')[2]}")
 
 
 def _digest() -> str:

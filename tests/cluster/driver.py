@@ -29,6 +29,8 @@ POOL = Path("/var/lib/tatami/default")
 """Where the nodes' pool lies on each of them."""
 CAPACITY_SECONDS = 10
 """How often the provisioners look at the pools' room. external-provisioner's default is a minute, for which stories would wait."""
+MAX_VOLUMES = 30
+"""Per node: more than the stories need, and few enough for a test that makes them all."""
 
 
 def values(tag: str, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -36,7 +38,11 @@ def values(tag: str, changes: Mapping[str, Any] | None = None) -> dict[str, Any]
     pools = {"default": {"path": str(POOL), "inline": True}}
     elsewhere = {"matchExpressions": [{"key": LABEL, "operator": "NotIn", "values": [VALUE]}]}
     affinity = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [elsewhere]}}}
-    return _common(tag) | {"hostpath": {"pools": pools, "node": {"affinity": affinity}}} | dict(changes or {})
+    return (
+        _common(tag)
+        | {"hostpath": {"pools": pools, "maxVolumesPerNode": MAX_VOLUMES, "node": {"affinity": affinity}}}
+        | dict(changes or {})
+    )
 
 
 def nfs_values(tag: str, server: str, path: str, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -7,7 +7,9 @@ Pods ask for them by the names that manifests have; what lies behind is built he
 import hashlib
 import io
 import json
+import re
 import shutil
+import subprocess
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,11 +41,32 @@ def sidecar(name: str, program: str) -> Path:
     return _archive(name, {program: source}, [], [f"/{program}"])
 
 
+def toolbox(name: str, programs: Mapping[str, Path], entrypoint: Sequence[str]) -> Path:
+    """Return the archive of an image with all that busybox can do, and with other programs by their paths in it, which win."""
+    listed = subprocess.run([_static_busybox(), "--list"], capture_output=True, text=True, check=True).stdout.split()
+    applets = [applet for applet in listed if applet != "busybox" and f"bin/{applet}" not in programs]
+    return _archive(name, {"bin/busybox": _static_busybox(), **programs}, applets, entrypoint)
+
+
+def with_libraries(program: str) -> dict[str, Path]:
+    """Return a program of this machine and the libraries it is linked with, by the paths that they have to have in an image."""
+    found = shutil.which(program)
+    if found is None:
+        raise RuntimeError(f"there is no {program} on this machine")
+    linked = subprocess.run(["ldd", found], capture_output=True, text=True, check=True).stdout
+    libraries = {path.lstrip("/"): Path(path) for path in re.findall(r"(/\S+) \(0x", linked)}
+    return {f"bin/{program}": Path(found), **libraries}
+
+
 def _busybox(name: str, entrypoint: Sequence[str]) -> Path:
+    return _archive(name, {"bin/busybox": _static_busybox()}, APPLETS, entrypoint)
+
+
+def _static_busybox() -> Path:
     source = shutil.which("busybox")
     if source is None:
         raise RuntimeError("there is no busybox: tests/cluster/install.sh")
-    return _archive(name, {"bin/busybox": Path(source)}, APPLETS, entrypoint)
+    return Path(source)
 
 
 def _archive(name: str, files: Mapping[str, Path], applets: Sequence[str], entrypoint: Sequence[str]) -> Path:
