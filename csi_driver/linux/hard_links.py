@@ -1,20 +1,24 @@
 """Which inodes with several names a copy has met, and where their first copies are.
 
 A first copy is found again by its way down in the target, kept as a chain that inodes of one directory share: neither its length
-nor the number of descriptors has a limit. An inode is forgotten once all its names were met. Not for two threads at once.
+nor the number of descriptors has a limit. An inode is forgotten once all its names were met. A tenant decides how many are open at a time, so there is a
+most (`MOST_OPEN`), beyond which the copy is refused: memory is everybody's. Not for two threads at once.
 """
 
 import os
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Optional
 
+from csi_driver.errors import FailedPrecondition
 from csi_driver.linux import beneath
 from csi_driver.linux.system_calls import InodeReader, magic_link
 
+MOST_OPEN = 200_000
+"""Inodes of which some names were met and others not, some 60 MB."""
 _PATH_BYTES = 4000  # PATH_MAX is 4096
-
-Key = tuple[int, tuple[int, int], tuple[int, int]]
+_KEY = struct.Struct("=QIIqI")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +47,11 @@ class _First:
 class HardLinks:
     """The table of one copy."""
 
-    def __init__(self, target_top_fd: int) -> None:
+    def __init__(self, target_top_fd: int, most_open: int = MOST_OPEN) -> None:
         """Begin at the top of the target; the descriptor stays the caller's."""
         self._top_fd = target_top_fd
-        self._firsts: dict[Key, _First] = {}
+        self._most = most_open
+        self._firsts: dict[bytes, _First] = {}
         self._held: list[tuple[Place, bytes, int]] = []
         self._reader = InodeReader()
 
@@ -54,13 +59,15 @@ class HardLinks:
         """Link `name` in `here` (open as `target_fd`) to the first copy of the inode that `pinned` holds, which has so many names.
 
         False when there is none: the caller makes one under this name, and it counts as the first from now on.
-        Raises OSError as link(2); after such a refusal, too, this name counts as the first.
+        Raises OSError as link(2); after such a refusal, too, this name counts as the first. Raises FailedPrecondition where more
+        inodes are open than memory is kept for.
         """
         status = self._reader.read(pinned)
         # With its birth time, for a number may be given to another inode while the copy runs.
-        key = (status.inode, status.device, status.birth)
+        key = _KEY.pack(status.inode, *status.device, *status.birth)
         first = self._firsts.get(key)
         if first is None:
+            self._require_room(here, name)
             self._firsts[key] = _First(here, name, names - 1)
             return False
         try:
@@ -79,7 +86,15 @@ class HardLinks:
 
     def hold(self, here: Place, name: bytes, flags: int) -> None:
         """Keep flags of the copy `name` in `here` that would forbid further links to it, for `held`."""
+        self._require_room(here, name)
         self._held.append((here, name, flags))
+
+    def _require_room(self, here: Place, name: bytes) -> None:
+        if len(self._firsts) + len(self._held) >= self._most:
+            raise FailedPrecondition(
+                f"the tree has too many hard links to be copied with them: {self._most} files have several names of which others "
+                f"were not met yet, at {here.path_of(name)!a}; remove links, or keep such data in an image (`layout: image`) or on btrfs"
+            )
 
     def held(self) -> Iterator[tuple[int, int]]:
         """Yield what was kept back: a pinned descriptor, closed on the next step, and the flags."""

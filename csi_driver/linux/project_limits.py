@@ -9,7 +9,6 @@ For that, `drop` comes before a directory is removed, not after.
 import errno
 import os
 import secrets
-import threading
 from dataclasses import dataclass
 
 from csi_driver.linux import quota
@@ -18,32 +17,17 @@ from csi_driver.linux.projects import NO_PROJECTS_HERE, Project, project_of, set
 FIRST, LAST = 2**30, 2**31 - 1
 """The range: above what kubelet (from 1,048,577) and container runtimes count up to, below what some tools take for negative."""
 
-_SLOT = 2**16
-_SPREAD = 2**10
 _CAP_SYS_RESOURCE = 24
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OFF = quota.NO_QUOTA_HERE | NO_PROJECTS_HERE | {errno.EPERM, errno.EACCES}
 
 
-class ProjectIds:
-    """Where one pool looks for free ids: upwards from a place of its own, so that its ids lie close together in the quota file."""
+def draw_id() -> int:
+    """Return an id to try, from the whole range: one that a tenant cannot tell from his own, for whoever owns a file may give it any id.
 
-    def __init__(self, place: int) -> None:
-        """Start in the range at `place`, any number: pools with different ones seldom meet."""
-        self._guard = threading.Lock()
-        # Two processes of one pool start apart, too.
-        self._next = place * _SLOT + secrets.randbelow(_SPREAD)
-
-    def draw(self) -> int:
-        """Return the next id to try, no two calls the same before the range is through."""
-        with self._guard:
-            drawn, self._next = self._next, self._next + 1
-        return FIRST + drawn % (LAST - FIRST + 1)
-
-    def skip(self) -> None:
-        """Jump ahead, out of step with whoever tries the same ids."""
-        with self._guard:
-            self._next += secrets.randbelow(_SPREAD)
+    Far apart they cost the quota file a block of 4 KiB each (XFS, ext4).
+    """
+    return FIRST + secrets.randbelow(LAST - FIRST + 1)
 
 
 @dataclass(frozen=True)
@@ -57,7 +41,7 @@ class Finding:
     binds_privileged: bool = False
 
 
-def probe(parent: int, name: str, ids: ProjectIds) -> Finding:
+def probe(parent: int, name: str) -> Finding:
     """Find out, by a limit on the new directory `name` in `parent`, whether project quota holds; nothing is left of it.
 
     Raises OSError (ENOSPC, EIO, EROFS): then nothing is known.
@@ -69,7 +53,7 @@ def probe(parent: int, name: str, ids: ProjectIds) -> Finding:
     try:
         top = os.open(name, _DIRECTORY, dir_fd=parent)
         try:
-            return _try_out(top, ids)
+            return _try_out(top)
         finally:
             drop(top)
             os.close(top)
@@ -82,20 +66,20 @@ def is_on(descriptor: int) -> bool:
     return _problem_of(descriptor) is None
 
 
-def claim(top: int, ids: ProjectIds) -> int:
+def claim(top: int) -> int:
     """Give an empty directory, and all that will be made in it, a project id that nobody has, and return it. Raises OSError."""
     while True:
-        candidate = ids.draw()
+        candidate = draw_id()
         if not quota.read_quota(top, candidate).unused:
             continue
         set_project(top, Project(candidate, inherit=True))
         found = quota.read_quota(top, candidate)
         if found.used_inodes == 1 and not found.limit_bytes and not found.limit_inodes:
             return candidate
-        ids.skip()  # another took it between our two looks, and sees us as we see him
+        # Another took it between our two looks, and sees us as we see him.
 
 
-def claim_for(parent: int, name: str, top: int, ids: ProjectIds) -> int:
+def claim_for(parent: int, name: str, top: int) -> int:
     """Give a directory that is not empty a project id that nobody has, and return it: claimed by `name` in `parent`, which goes again.
 
     What is in the directory keeps what it has (project_change.py). Raises OSError.
@@ -104,7 +88,7 @@ def claim_for(parent: int, name: str, top: int, ids: ProjectIds) -> int:
     try:
         claimed = os.open(name, _DIRECTORY, dir_fd=parent)
         try:
-            project = claim(claimed, ids)
+            project = claim(claimed)
             set_project(top, Project(project, inherit=True))  # before the other one goes: an id in use is nobody else's
         finally:
             os.close(claimed)
@@ -152,9 +136,9 @@ def _problem_of(descriptor: int) -> str | None:
     return None
 
 
-def _try_out(top: int, ids: ProjectIds) -> Finding:
+def _try_out(top: int) -> Finding:
     try:
-        project = claim(top, ids)
+        project = claim(top)
         quota.set_limits(top, project, 0, 1)
     except OSError as error:
         if error.errno not in _OFF:

@@ -1,7 +1,7 @@
 """Reading a whole tree and saying what each of its files holds: the walk behind a snapshot's manifest.
 
-Told are entries that are no directories, in no particular order. A file of several names is read once. Memory does not grow with the
-tree, but for files of several names.
+Told are entries that are no directories, in no particular order. A file of several names is read once, unless `MOST_OPEN` others wait for
+a name of theirs: memory does not grow with what a tenant makes.
 """
 
 import errno
@@ -14,6 +14,7 @@ from typing import Protocol
 
 from csi_driver.linux import beneath
 from csi_driver.linux.digests import digest_file
+from csi_driver.linux.hard_links import MOST_OPEN
 from csi_driver.linux.walk import Walk, WalkStopped
 
 LONGEST_PATH_BYTES = 4096
@@ -50,11 +51,13 @@ class Entry:
     path: bytes
 
 
-def digest_tree(top_fd: int, tell: Callable[[Entry], None], progress: Counts, should_stop: Callable[[], bool]) -> None:
+def digest_tree(
+    top_fd: int, tell: Callable[[Entry], None], progress: Counts, should_stop: Callable[[], bool], most_open: int = MOST_OPEN
+) -> None:
     """Tell of every entry below the directory that is no directory. Raises OSError (of a directory that cannot be read; EAGAIN
     for a file whose write lease was not given back), WalkStopped.
     """
-    reader = _Reader(progress, should_stop)
+    reader = _Reader(progress, should_stop, most_open)
     with beneath.opened_again(top_fd) as top, Walk(top) as walk:
         paths = [b""]
         while True:
@@ -75,7 +78,8 @@ def digest_tree(top_fd: int, tell: Callable[[Entry], None], progress: Counts, sh
 
 
 class _Reader:
-    def __init__(self, progress: Counts, should_stop: Callable[[], bool]) -> None:
+    def __init__(self, progress: Counts, should_stop: Callable[[], bool], most_open: int) -> None:
+        self._most_open = most_open
         self._progress = progress
         self._should_stop = should_stop
         self._patience = beneath.Patience()
@@ -109,7 +113,7 @@ class _Reader:
             digest, names = known
         else:
             digest, names = self._read(pinned), status.st_nlink
-        if names > 1:
+        if names > 1 and len(self._linked) < self._most_open:
             self._linked[key] = digest, names - 1
         return digest
 

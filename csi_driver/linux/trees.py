@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from csi_driver.errors import FailedPrecondition
 from csi_driver.linux import beneath, btrfs
+from csi_driver.linux.hard_links import MOST_OPEN
 from csi_driver.linux.inode_flags import clear_holding_flags
 from csi_driver.linux.system_calls import InodeReader, magic_link
 from csi_driver.linux.walk import Walk, WalkStopped
@@ -26,7 +27,8 @@ _REFILLED_LIMIT = 1000
 class TreeUsage:
     """What a tree takes, as du(1) counts: allocated bytes, each inode once, the top included.
 
-    `complete` is False when the deadline cut the count short, or a part could not be read; the numbers are then a floor.
+    `complete` is False when the deadline cut the count short, a part could not be read, or more files with several names than memory
+    is kept for were met; the numbers are then a floor.
     """
 
     bytes: int
@@ -34,13 +36,14 @@ class TreeUsage:
     complete: bool
 
 
-def measure_tree(directory_fd: int, *, deadline: float) -> TreeUsage:
+def measure_tree(directory_fd: int, *, deadline: float, most_open: int = MOST_OPEN) -> TreeUsage:
     """Count what the tree takes until `deadline` (time.monotonic(), seconds).
 
-    Raises OSError only for the top itself. Memory grows with the number of inodes that have several names, and with nothing else.
+    Raises OSError only for the top itself. Memory grows with the number of inodes of which some names were met and others not, up to
+    `most_open` of them; the rest are not counted.
     """
     with beneath.opened_again(directory_fd) as start, Walk(start) as walk:
-        count = _Count(start)
+        count = _Count(start, most_open)
         while time.monotonic() <= deadline:
             try:
                 if not _next_step(walk, count):
@@ -84,13 +87,14 @@ def apply_owner_and_mode(directory_fd: int, uid: int | None, gid: int | None, mo
 
 
 class _Count:
-    def __init__(self, top_fd: int) -> None:
+    def __init__(self, top_fd: int, most_open: int) -> None:
+        self._most_open = most_open
         self._reader = InodeReader()
         top = self._reader.read(top_fd)
         self._mount = top.mount
         self._blocks = top.blocks
         self._inodes = 1
-        self._seen: set[tuple[int, tuple[int, int]]] = set()
+        self._names_left: dict[tuple[int, tuple[int, int]], int] = {}
         self.complete = True
 
     def usage(self) -> TreeUsage:
@@ -112,14 +116,25 @@ class _Count:
             return None
         if child is None and status.mount != self._mount:
             return None
-        if status.links > 1 and not stat.S_ISDIR(status.mode):
-            key = (status.inode, status.device)
-            if key in self._seen:
-                return child
-            self._seen.add(key)
+        if (
+            status.links > 1
+            and not stat.S_ISDIR(status.mode)
+            and not self._is_first((status.inode, status.device), status.links)
+        ):
+            return child
         self._blocks += status.blocks
         self._inodes += 1
         return child
+
+    def _is_first(self, inode: tuple[int, tuple[int, int]], names: int) -> bool:
+        """Tell whether an inode with several names is to be counted by this one; it is forgotten once all were met."""
+        left = self._names_left.pop(inode, None)
+        if left is None and len(self._names_left) >= self._most_open:
+            self.complete = False
+            return False
+        if (left or names) > 1:
+            self._names_left[inode] = (left or names) - 1
+        return left is None
 
 
 class _Removal:

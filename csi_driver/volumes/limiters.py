@@ -13,7 +13,6 @@ from typing import Protocol
 from csi_driver.linux import btrfs, btrfs_qgroups, project_limits, projects, quota
 from csi_driver.linux.filesystem_ids import filesystem_id
 from csi_driver.linux.project_change import give_project
-from csi_driver.linux.project_limits import ProjectIds
 from csi_driver.volumes.model import LimiterKind
 from csi_driver.volumes.pools import new_token
 
@@ -40,7 +39,7 @@ class Limiter(Protocol):
     kind: LimiterKind
     counts_inodes: bool
 
-    def hold(self, top: int, ids: ProjectIds, size_bytes: int, inodes: int) -> int | None:
+    def hold(self, top: int, size_bytes: int, inodes: int) -> int | None:
         """Limit a volume that is in staging and return its mark; None where this one cannot be held. Raises OSError."""
 
     def has(self, top: int, mark: int, filesystem: str | None, inode: int | None) -> bool:
@@ -50,7 +49,7 @@ class Limiter(Protocol):
         unknown). Raises OSError.
         """
 
-    def hold_again(self, parent: int, top: int, ids: ProjectIds, size_bytes: int, inodes: int, stop: Stop) -> int | None:
+    def hold_again(self, parent: int, top: int, size_bytes: int, inodes: int, stop: Stop) -> int | None:
         """Limit a volume that came from elsewhere with all that is in it, and return its new mark; None where it cannot be held.
 
         `parent` takes an empty directory for a moment. Raises WalkStopped, OSError.
@@ -75,8 +74,8 @@ class ProjectLimiter:
     kind = LimiterKind.PROJECT_QUOTA
     counts_inodes = True
 
-    def hold(self, top: int, ids: ProjectIds, size_bytes: int, inodes: int) -> int | None:
-        project = project_limits.claim(top, ids)
+    def hold(self, top: int, size_bytes: int, inodes: int) -> int | None:
+        project = project_limits.claim(top)
         quota.set_limits(top, project, size_bytes, inodes)
         return project
 
@@ -87,8 +86,8 @@ class ProjectLimiter:
         # A tenant may give his directory another project; on its own filesystem, in its own inode, it is the same volume all the same.
         return _project_of(top) == mark or (here is not None and here == filesystem and os.fstat(top).st_ino == inode)
 
-    def hold_again(self, parent: int, top: int, ids: ProjectIds, size_bytes: int, inodes: int, stop: Stop) -> int | None:
-        project = project_limits.claim_for(parent, f"claim.{new_token()}", top, ids)
+    def hold_again(self, parent: int, top: int, size_bytes: int, inodes: int, stop: Stop) -> int | None:
+        project = project_limits.claim_for(parent, f"claim.{new_token()}", top)
         give_project(top, project, stop)
         # Last: until then a crash leaves no limit that nobody would lift, and ext4 would refuse what is too much already.
         quota.set_limits(top, project, size_bytes, inodes)
@@ -116,7 +115,7 @@ class QgroupLimiter:
     kind = LimiterKind.QGROUP
     counts_inodes = False
 
-    def hold(self, top: int, _ids: ProjectIds, size_bytes: int, _inodes: int) -> int | None:
+    def hold(self, top: int, size_bytes: int, _inodes: int) -> int | None:
         subvolume = btrfs.subvolume_id(top)
         if subvolume is None:
             return None
@@ -126,8 +125,8 @@ class QgroupLimiter:
     def has(self, top: int, mark: int, _filesystem: str | None, _inode: int | None) -> bool:
         return btrfs.subvolume_id(top) == mark  # which nobody can change
 
-    def hold_again(self, _parent: int, top: int, ids: ProjectIds, size_bytes: int, inodes: int, _stop: Stop) -> int | None:
-        return self.hold(top, ids, size_bytes, inodes)
+    def hold_again(self, _parent: int, top: int, size_bytes: int, inodes: int, _stop: Stop) -> int | None:
+        return self.hold(top, size_bytes, inodes)
 
     def change(self, top: int, mark: int, size_bytes: int, _inodes: int) -> None:
         btrfs_qgroups.set_limit(top, mark, size_bytes)
@@ -173,7 +172,7 @@ def switched_on(descriptor: int) -> Limiter | None:
     return PROJECT_LIMITER if project_limits.is_on(descriptor) else None
 
 
-def find_means(directory: int, ids: ProjectIds, *, over_nfs: bool = False) -> Means:
+def find_means(directory: int, *, over_nfs: bool = False) -> Means:
     """Find out by trying what can hold volumes that are made in `directory`.
 
     `over_nfs`: only NFS clients come to them, who can neither change project ids nor make subvolumes (there is no ioctl in NFS).
@@ -181,7 +180,7 @@ def find_means(directory: int, ids: ProjectIds, *, over_nfs: bool = False) -> Me
     """
     if (qgroups := _qgroups(directory)) is not None:
         return Means(qgroups.limiter, HARD) if qgroups.limiter is not None and over_nfs else qgroups
-    finding = project_limits.probe(directory, f"probe.{new_token()}", ids)
+    finding = project_limits.probe(directory, f"probe.{new_token()}")
     if finding.problem is not None:
         return Means(None, f"{NONE}: {finding.problem}")
     if over_nfs:

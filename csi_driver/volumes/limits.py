@@ -4,7 +4,6 @@ What a pool can is found out by trying (limiters.py), when it is first asked for
 """
 
 import errno
-import hashlib
 import logging
 import threading
 from dataclasses import replace
@@ -12,7 +11,6 @@ from dataclasses import replace
 from csi_driver.errors import FailedPrecondition, NotFound, OutOfRange, ResourceExhausted
 from csi_driver.linux import btrfs
 from csi_driver.linux.filesystem_ids import filesystem_id
-from csi_driver.linux.project_limits import ProjectIds
 from csi_driver.volumes.limiters import HARD, LIMITERS, NONE, SWITCHED_OFF, Limiter, Means, Stop, find_means, switched_on
 from csi_driver.volumes.model import (
     ClassParameters,
@@ -29,7 +27,6 @@ from csi_driver.volumes.model import (
 )
 from csi_driver.volumes.pools import STAGING, PoolStore
 
-_PLACES = 2**14
 _NO_SUBVOLUME = "what lies there is no btrfs subvolume"
 _FILES_UNLIMITED = "; the number of files is not limited"
 _IMAGE_INODES = "an image limits bytes, not the number of files, and the class says `inodes` and `limit: required`"
@@ -52,9 +49,8 @@ class ImageHolding:
 class Holding:
     """Holds one volume that is being made (captures.py, `Hold`); once that has begun, `limit` says how."""
 
-    def __init__(self, means: Means, ids: ProjectIds, record: VolumeRecord) -> None:
+    def __init__(self, means: Means, record: VolumeRecord) -> None:
         self._means = means
-        self._ids = ids
         self._record = record
         self.limit = Limit(LimiterKind.NONE, means.level)
 
@@ -63,7 +59,7 @@ class Holding:
         limiter, level, record = self._means.limiter, self._means.level, self._record
         if limiter is None:
             return
-        mark = limiter.hold(top, self._ids, record.capacity_bytes, record.inodes or 0)
+        mark = limiter.hold(top, record.capacity_bytes, record.inodes or 0)
         if mark is None:
             nothing = Means(None, f"{NONE}: {_NO_SUBVOLUME}")
             _insist(record.pool, nothing, record.limit_policy, record.inodes)
@@ -90,7 +86,6 @@ class Limits:
     def __init__(self) -> None:
         self._guard = threading.Lock()
         self._known: dict[str, Means] = {}
-        self._ids: dict[str, ProjectIds] = {}
         self._renewed: dict[str, LimiterKind | None] = {}
 
     # --- before there is a volume -------------------------------------------------------------------------------------------------
@@ -106,18 +101,11 @@ class Limits:
         with store.open(STAGING) as staging:
             if known is not None and known.limiter is switched_on(staging):
                 return known
-            found = find_means(staging, self._ids_of(store), over_nfs=store.backend.remote)
+            found = find_means(staging, over_nfs=store.backend.remote)
         with self._guard:
             self._known[store.name] = found
         _log.info("what holds volumes to their size", extra={"pool": store.name, "limit": found.level})
         return found
-
-    def _ids_of(self, store: PoolStore) -> ProjectIds:
-        with self._guard:
-            if store.name not in self._ids:
-                digest = hashlib.sha256(f"{store.driver}/{store.name}".encode()).digest()
-                self._ids[store.name] = ProjectIds(int.from_bytes(digest[:4], "big") % _PLACES)
-            return self._ids[store.name]
 
     def refusal(self, store: PoolStore, parameters: ClassParameters, form: Form) -> str | None:
         """Say why the pool can have no volumes of this class in this form; None where it can. Raises as `means_of`."""
@@ -137,7 +125,7 @@ class Limits:
             return ImageHolding(record)
         means = self.means_of(store)
         _insist(store.name, means, record.limit_policy, record.inodes)
-        return Holding(means, self._ids_of(store), record)
+        return Holding(means, record)
 
     def change(self, store: PoolStore, record: VolumeRecord, size_bytes: int) -> None:
         """Let a volume have `size_bytes`, if it is held. Raises FailedPrecondition where its quota was switched off, NotFound."""
@@ -230,7 +218,7 @@ class Limits:
                 return record
             means, inodes, mark = self.means_of(store), record.inodes or 0, None
             if means.limiter is not None:
-                mark = means.limiter.hold_again(staging, top, self._ids_of(store), record.capacity_bytes, inodes, should_stop)
+                mark = means.limiter.hold_again(staging, top, record.capacity_bytes, inodes, should_stop)
                 level = means.level if means.limiter.counts_inodes or not inodes else means.level + _FILES_UNLIMITED
             if means.limiter is None or mark is None:
                 reason = means.level.removeprefix(f"{NONE}: ") if means.limiter is None else _NO_SUBVOLUME

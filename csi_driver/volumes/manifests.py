@@ -4,19 +4,21 @@ One line for each entry that is no directory, in `.csi/manifests/<id>`, beside t
 `<kind> <size> <digest> <path>` (linux/tree_digests.py), the path percent-encoded. The order does not matter, for directories are not
 always read in the same one: the digest of a manifest is the sum of its lines' digests. It stands in the snapshot's record, so that a
 manifest that was changed is known, too. Lines are read and written one by one; memory does not grow with the snapshot.
+
+It lies outside the tenant's volume, and a tenant decides how long it is: empty files with paths of 4,096 bytes give lines three times as
+long. So it has a most, `MOST_BYTES`, some seven million ordinary files; there are no digests of a snapshot whose manifest would be longer.
 """
 
 import hashlib
 import os
 import time
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import BinaryIO
 from urllib.parse import quote_from_bytes
 
-from csi_driver.errors import RecordDamaged
+from csi_driver.errors import FailedPrecondition, RecordDamaged
 from csi_driver.linux import files
 from csi_driver.linux.tree_digests import UNREADABLE, Entry, digest_tree
 from csi_driver.volumes.jobs import JobControl
@@ -25,7 +27,8 @@ from csi_driver.volumes.pools import MANIFESTS, PoolStore, new_token
 
 MOST_DIFFERENCES = 1000
 """More are counted, not listed."""
-_LINES_AT_ONCE = 100_000
+MOST_BYTES = 1024**3
+_BYTES_AT_ONCE = 16 * 1024**2
 _TOUCH_SECONDS = 60.0
 """The sweeper takes a temporary file that nobody has touched for an hour for left over, and one large file may take longer to read."""
 _SAFE = bytes(range(33, 127)).replace(b"%", b"").decode()
@@ -79,7 +82,7 @@ class Manifest:
             )
         if self.summary == expected:
             return
-        parts = 1 + max(self.summary.entries, expected.entries) // _LINES_AT_ONCE
+        parts = 1 + max(os.stat(name, dir_fd=self._folder).st_size for name in (record_id, self._name)) // _BYTES_AT_ONCE
         for part in range(parts):
             then, now = (_part_of(self._folder, name, part, parts) for name in (record_id, self._name))
             for path in sorted(then.keys() | now.keys()):
@@ -88,28 +91,36 @@ class Manifest:
 
 
 @contextmanager
-def read_manifest(store: PoolStore, top: int, job: JobControl) -> Iterator[Manifest]:
-    """Read the whole directory and write down what is in it. Raises OSError, WalkStopped."""
+def read_manifest(store: PoolStore, top: int, job: JobControl, most_bytes: int = MOST_BYTES) -> Iterator[Manifest]:
+    """Read the whole directory and write down what is in it. Raises FailedPrecondition where that is too long, OSError, WalkStopped."""
     name = f"{files.TEMPORARY_PREFIX}manifest.{new_token()}"
     with store.open(MANIFESTS) as folder:
         try:
             with _created(folder, name) as file:
-                summary, unreadable = _write(file, top, job)
+                summary, unreadable = _write(file, top, job, most_bytes)
             yield Manifest(folder, name, summary, unreadable)
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=folder)
 
 
-def _write(file: BinaryIO, top: int, job: JobControl) -> tuple[ManifestSummary, tuple[Difference, ...]]:
+def _write(file: BinaryIO, top: int, job: JobControl, most_bytes: int) -> tuple[ManifestSummary, tuple[Difference, ...]]:
     found = _Sum()
+    written = 0
     unreadable: list[Difference] = []
     touched = time.monotonic()
 
     def tell(entry: Entry) -> None:
+        nonlocal written
         path = quote_from_bytes(entry.path, _SAFE)
         line = f"{entry.kind} {entry.size} {entry.digest} {path}\n".encode()
         found.add(line)
+        written += len(line)
+        if written > most_bytes:
+            raise FailedPrecondition(
+                f"the digests of this snapshot would take more than {most_bytes} bytes, for it has so many files or so long paths: take it "
+                'without `digests: "true"`'
+            )
         file.write(line)
         if entry.digest == UNREADABLE and len(unreadable) < MOST_DIFFERENCES:
             unreadable.append(Difference(UNREADABLE, path))
@@ -146,8 +157,9 @@ def _summary_of(folder: int, name: str) -> ManifestSummary | None:
 
 
 def _part_of(folder: int, name: str, part: int, parts: int) -> dict[bytes, bytes]:
+    # By the keyed hash of this process (PEP 456): a tenant who chose names that meet in one part would choose how much memory it takes.
     lines = (line.rstrip(b"\n").split(b" ", 3) for line in _lines(folder, name))
-    return {path: kind + size + digest for kind, size, digest, path in lines if zlib.crc32(path) % parts == part}
+    return {path: kind + size + digest for kind, size, digest, path in lines if hash(path) % parts == part}
 
 
 def _lines(folder: int, name: str) -> Iterator[bytes]:

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import functools
 import hashlib
 import os
 import resource
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from csi_driver.errors import FailedPrecondition
 from csi_driver.linux import beneath, copies, inode_flags, trees
 from csi_driver.linux.carriers import Carrier, Folder, Shared
 from csi_driver.linux.contents import METHODS
@@ -726,6 +728,34 @@ def test_a_tree_deeper_than_any_path_is_copied_with_its_hard_links(plain_room):
 
 
 @pytest.mark.minutes
+def linked(top, number, where=("one", "two")):
+    """Make files that have a name in each of these directories."""
+    for folder in where:
+        (top / folder).mkdir(parents=True, exist_ok=True)
+    for count in range(number):
+        (top / where[0] / str(count)).write_bytes(b"content")
+        for folder in where[1:]:
+            os.link(top / where[0] / str(count), top / folder / str(count))
+
+
+def test_more_open_hard_links_than_memory_is_kept_for_are_refused_by_name(plain_room, monkeypatch):
+    monkeypatch.setattr(copies, "HardLinks", functools.partial(HardLinks, most_open=10))
+    linked(plain_room / "few", 10)
+    assert copy(plain_room / "few", plain_room / "copied").files == 20
+    assert differences(manifest(plain_room / "few"), manifest(plain_room / "copied")) == set()
+    linked(plain_room / "many", 11)
+    with pytest.raises(FailedPrecondition, match=r"too many hard links .* 10 files .*'(one|two)/\d+'"):
+        copy(plain_room / "many", plain_room / "refused")
+
+
+def test_links_whose_names_were_all_met_take_no_memory(plain_room, monkeypatch):
+    monkeypatch.setattr(copies, "HardLinks", functools.partial(HardLinks, most_open=3))
+    for number in range(10):
+        linked(plain_room / "source" / str(number), 3)
+    copy(plain_room / "source", plain_room / "target")
+    assert differences(manifest(plain_room / "source"), manifest(plain_room / "target")) == set()
+
+
 def test_a_hundred_thousand_files_in_one_directory_are_copied_in_flat_memory(plain_room):
     (plain_room / "source").mkdir()
     here = open_directory(plain_room / "source")

@@ -125,6 +125,25 @@ def test_a_walk_whose_way_back_was_moved_says_so(room):
 # --- measuring ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_hard_links_beyond_what_memory_is_kept_for_leave_a_floor(tmp_path):
+    tree = tmp_path / "linked"
+    for folder in ("one", "two"):
+        (tree / folder).mkdir(parents=True)
+    for number in range(20):
+        (tree / "one" / str(number)).write_bytes(b"x" * 4096)
+        os.link(tree / "one" / str(number), tree / "two" / str(number))
+    descriptor = os.open(tree, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        whole, exact, floor = (trees.measure_tree(descriptor, deadline=soon(), most_open=most) for most in (200, 20, 19))
+    finally:
+        os.close(descriptor)
+    assert (whole.inodes, whole.complete) == (23, True)
+    assert exact == whole
+    assert not floor.complete
+    assert 22 <= floor.inodes <= whole.inodes  # its other name may have come when there was room again
+    assert floor.bytes <= whole.bytes
+
+
 def test_measures_as_du_does(room):
     tree = furnish(room[0] / "tree")
     usage = measure(tree)

@@ -6,6 +6,7 @@
 import errno
 import itertools
 import os
+import struct
 import subprocess
 import time
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from trees import seen
 from csi_driver.config import HostPathPool
 from csi_driver.errors import AlreadyExists, OutOfRange, ResourceExhausted
 from csi_driver.linux import btrfs_qgroups, projects, quota
-from csi_driver.linux.project_limits import FIRST
+from csi_driver.linux.project_limits import FIRST, LAST
 from csi_driver.linux.system_calls import sync_filesystem
 from csi_driver.volumes.limiters import LIMITERS, PRIVILEGED
 from csi_driver.volumes.model import (
@@ -478,7 +479,7 @@ def marks_in_use(held, expected=0):
     found = []
 
     def settled():
-        found[:] = [project for project in ids_near(held) if not quota.read_quota(descriptor, project).unused]
+        found[:] = [project for project in ids_known(descriptor) if not quota.read_quota(descriptor, project).unused]
         return len(found) <= expected
 
     try:
@@ -496,7 +497,17 @@ def wait_for(condition, seconds=3.0):
     return came
 
 
-def ids_near(held):
-    ids = held.limits._ids_of(held.bench.pool())
-    first = ids._next - ids._next % 2**16
-    return range(FIRST + first, FIRST + first + 2048)
+def ids_known(descriptor):
+    """Yield the project ids of our range that the filesystem knows anything of (Q_GETNEXTQUOTA, quotactl(2))."""
+    project = FIRST
+    while project <= LAST:
+        found = bytearray(72)  # struct if_nextdqblk
+        try:
+            quota._call(descriptor, 0x800009, project, found)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return
+            raise
+        (project,) = struct.unpack_from("=I", found, 68)
+        yield project
+        project += 1

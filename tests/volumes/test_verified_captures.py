@@ -1,6 +1,7 @@
 """Digests: made when a class says so or by hand, compared when a restore asks for it; and what a capture says when it cannot be whole."""
 
 import errno
+import functools
 import os
 import subprocess
 import threading
@@ -13,8 +14,10 @@ from trees import fill, seen
 
 from csi_driver.config import HostPathPool
 from csi_driver.errors import FailedPrecondition, NotFound
+from csi_driver.linux.copies import Progress
+from csi_driver.linux.tree_digests import digest_tree
 from csi_driver.rpc.status import to_status
-from csi_driver.volumes import manifests
+from csi_driver.volumes import manifests, verification
 from csi_driver.volumes.jobs import JobControl, Jobs
 from csi_driver.volumes.model import ContentSource, CreateSnapshot, Page, SourceKind
 
@@ -64,6 +67,42 @@ def test_a_class_with_digests_makes_them_before_the_snapshot_is_ready(bench, sou
     assert bench.restarted().snapshots.get(snapshot.record.handle) == snapshot
     bench.snapshots.delete(snapshot.record.handle)
     assert manifests_in(bench) == []
+
+
+def test_digests_that_would_be_too_long_are_refused_and_leave_nothing(bench, source, monkeypatch):
+    long = bench.path(source)
+    for _ in range(12):
+        long /= "n" * 250
+    os.makedirs(long)
+    monkeypatch.setattr(verification, "read_manifest", functools.partial(manifests.read_manifest, most_bytes=20_000))
+    cut(bench, "short", source)
+    for number in range(10):
+        (long / str(number)).touch()
+    with pytest.raises(FailedPrecondition, match="more than 20000 bytes"):
+        cut(bench, "s", source)
+    bench.sweep()
+    assert len(manifests_in(bench)) == 1
+    assert bench.leftovers() == []
+    assert cut(bench, "s", source, digests=False)
+
+
+@pytest.mark.parametrize("most_open", [1, 100])
+def test_digests_of_hard_links_are_the_same_whatever_memory_is_kept_for_them(bench, source, most_open):
+    for folder in ("a", "b"):
+        (bench.path(source) / folder).mkdir()
+    for number in range(5):
+        (bench.path(source) / "a" / str(number)).write_text(f"content {number}")
+        os.link(bench.path(source) / "a" / str(number), bench.path(source) / "b" / str(number))
+    top = os.open(bench.path(source), os.O_RDONLY | os.O_DIRECTORY)
+    found = []
+    try:
+        digest_tree(top, found.append, Progress(), lambda: False, most_open)
+    finally:
+        os.close(top)
+    by_path = {entry.path: entry.digest for entry in found}
+    for number in range(5):
+        assert by_path[b"a/%d" % number] == by_path[b"b/%d" % number]
+    assert len({by_path[b"a/%d" % number] for number in range(5)}) == 5
 
 
 def test_a_snapshot_whose_digests_were_cut_off_by_a_crash_gets_them_from_the_retry(bench, source, monkeypatch):

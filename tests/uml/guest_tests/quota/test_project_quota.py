@@ -1,7 +1,9 @@
 """Volumes on XFS and ext4 with project quota: sizes that hold, and who passes."""
 
+import itertools
 import json
 import os
+import random
 import subprocess
 import time
 
@@ -12,7 +14,7 @@ from limit_stories import SIZE, Held, bench_on, complaints, du, limits_at, marks
 
 from csi_driver.errors import FailedPrecondition, InvalidArgument, OutOfRange, ResourceExhausted
 from csi_driver.linux import project_limits, quota
-from csi_driver.linux.project_limits import ProjectIds, claim
+from csi_driver.linux.project_limits import FIRST, LAST, claim
 from csi_driver.linux.projects import Project, project_of, set_project
 from csi_driver.volumes.limiters import OWNERS, PRIVILEGED
 from csi_driver.volumes.model import CapacityRange, ClassParameters, LimitPolicy
@@ -71,25 +73,31 @@ def test_a_tenant_who_takes_the_project_of_another_volume_for_his_top_directory_
 
 
 def test_what_is_in_the_trash_retained_or_somebody_elses_keeps_its_project_id(held, monkeypatch):
-    ids = held.limits._ids_of(held.bench.pool())
+    drawn = itertools.chain([7], [7, 8, 9], [9, 8, 7])
+    monkeypatch.setattr(project_limits.secrets, "randbelow", lambda most: next(drawn))  # as if it always met those
     deleted = held.create("deleted").record.limit.mark
     descriptor = opened(held.disk)
     quota.set_limits(descriptor, deleted + 1, 1 << 20, 0)  # another program's, which has nothing yet
     held.bench.volumes.delete(held.bench.pool().handle_of(held.bench.pool().id_of("volume", "deleted")))
-    ids._next -= 1  # as if the range were through, or the driver just started
     assert held.create("next").record.limit.mark == deleted + 2
     held.bench.sweep()
     assert wait_for(lambda: quota.read_quota(descriptor, deleted).unused)
-    ids._next = ids._next - 3
     assert held.create("again").record.limit.mark == deleted
     os.close(descriptor)
+
+
+def test_the_id_of_one_volume_says_nothing_of_the_next(held):
+    marks = [held.create(f"v{number}").record.limit.mark for number in range(4)]
+    assert all(FIRST <= mark <= LAST for mark in marks)
+    assert min(abs(one - other) for one, other in itertools.combinations(marks, 2)) > 1000
 
 
 def test_whoever_takes_an_id_at_the_same_moment_gives_way(held, monkeypatch, tmp_path):
     (held.disk / "one").mkdir()
     (held.disk / "two").mkdir()
     one, two = opened(held.disk / "one"), opened(held.disk / "two")
-    monkeypatch.setattr(project_limits.secrets, "randbelow", lambda most: 7)
+    drawn = itertools.count(7)
+    monkeypatch.setattr(project_limits.secrets, "randbelow", lambda most: next(drawn))
     raced = []
 
     def race(top, project):
@@ -99,7 +107,7 @@ def test_whoever_takes_an_id_at_the_same_moment_gives_way(held, monkeypatch, tmp
             set_project(two, project)  # he looked when we did, and is as quick
 
     monkeypatch.setattr(project_limits, "set_project", race)
-    taken = claim(one, ProjectIds(5))
+    taken = claim(one)
     assert taken != raced[0]
     assert quota.read_quota(one, taken).used_inodes == 1
     os.close(one)
@@ -107,7 +115,7 @@ def test_whoever_takes_an_id_at_the_same_moment_gives_way(held, monkeypatch, tmp
 
 
 def test_two_controllers_never_give_one_project_to_two_volumes(held, monkeypatch):
-    monkeypatch.setattr(project_limits.secrets, "randbelow", lambda most: most // 2)
+    monkeypatch.setattr(project_limits.secrets, "randbelow", lambda most: random.randrange(150))
     made = [os.pipe(), os.pipe()]
     children = []
     for number, (_, write_end) in enumerate(made):
