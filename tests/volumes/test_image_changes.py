@@ -454,6 +454,7 @@ def test_a_second_node_is_refused_by_the_name_of_the_first_until_that_lets_go(tw
     with pytest.raises(FailedPrecondition, match="held by node 'first'"):
         second.stage(handle, capability)
     assert devices_below(first.root) == devices_below(first.root / "kubelet")
+    assert list(second.domain.state.volumes.readable()) == []  # for the kubelet that was final: no Unstage comes
     assert (first.path(volume) / "image").read_bytes() == before
     second.node.unstage(handle, second.staging_of(handle))
     first.stage(handle, capability)
