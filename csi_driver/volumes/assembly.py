@@ -139,7 +139,7 @@ def assemble(installation: Installation) -> Domain:
     locks, jobs, limits, turns = KeyedLocks(), Jobs(), Limits(), Turns()
     node_jobs = Jobs()  # their own: however many copies wait, what a pod waits for on this node is not refused
     promises = Promises(locks)
-    contents, sources = Contents(locks, Captures(turns)), Sources(pools, locks)
+    contents, sources = Contents(locks, Captures(turns)), Sources(pools, locks, limits)
     volume_removal, snapshot_removal = VolumeRemoval(locks, contents, limits), SnapshotRemoval(locks)
     verifier = Verifier(locks, contents, sources, turns)
     provisioner = Provisioner(pools, locks, jobs, contents, sources, volume_removal, verifier, promises, limits)
