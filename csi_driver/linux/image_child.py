@@ -133,7 +133,7 @@ def _serves(place: str, name: str) -> dict[str, Any]:
 
 
 def _take_new_size(place: str, name: str) -> dict[str, Any]:
-    if not loop_devices.has_file(name, Path(place) / IMAGE):
+    if name not in (device.name for device in loop_devices.devices_of(Path(place) / IMAGE)):
         raise OSError(errno.ENXIO, f"{name} has another file by now")
     # An NFS client learns a file's new size when it is opened (nfs(5), close-to-open); the loop asks for no news.
     os.close(os.open(f"{place}/{IMAGE}", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC))

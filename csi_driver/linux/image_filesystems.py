@@ -18,7 +18,8 @@ from csi_driver.linux.bind_flags import MountAttributes
 
 BLOCK_SIZE = 4096
 _MAKE_SECONDS = 300.0
-_GROW_SECONDS = 600.0
+_GROW_SECONDS = 7 * 24 * 3600.0
+"""As good as no end: a resize2fs that is killed can leave a filesystem that a person has to repair."""
 _CAP_SYS_RESOURCE = 24
 
 _EXT4_MAGIC_AT, _EXT4_MAGIC = 1024 + 56, b"\x53\xef"
@@ -151,12 +152,16 @@ def grow_mounted(device: Path, mounted: Path, fs_type: str) -> None:
     commands.run(argv, timeout=_GROW_SECONDS)
 
 
-def grow_unmounted(device: Path, seconds: float) -> None:
-    """Grow an ext4 that is not mounted to its device's size. Raises FailedPrecondition (damaged), CommandFailed, DeadlineExceeded."""
-    done = commands.run(("e2fsck", "-f", "-p", os.fspath(device)), timeout=seconds, check=False)
+def grow_unmounted(device: Path, seconds: float, should_stop: Callable[[], bool] = lambda: False) -> None:
+    """Grow an ext4 that is not mounted to its device's size, once it is checked, in `seconds` at most and unless it `should_stop`.
+
+    The growth itself is not stopped. Raises FailedPrecondition (damaged), CommandFailed, DeadlineExceeded.
+    """
+    argv = ("e2fsck", "-f", "-p", os.fspath(device))
+    done = commands.run(argv, timeout=seconds, check=False, should_stop=lambda _: should_stop())
     if done.returncode & ~3 or done.returncode < 0:
         raise FailedPrecondition(f"e2fsck -f -p ended with {done.returncode}: {' '.join(done.stderr.split())[-300:]}")
-    commands.run(("resize2fs", os.fspath(device)), timeout=seconds)
+    commands.run(("resize2fs", os.fspath(device)), timeout=_GROW_SECONDS)
 
 
 def trim(mounted: Path, seconds: float) -> None:

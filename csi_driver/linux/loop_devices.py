@@ -128,7 +128,7 @@ def detach(name: str, image: Path, seconds: float) -> bool:
             if error.errno != errno.ENXIO:
                 raise
     # The kernel lets go when the last descriptor is closed, ours just now; udev or blkid may be looking at it.
-    while has_file(name, image):
+    while _still_has(name, image):
         if time.monotonic() > deadline:
             return False
         time.sleep(_POLL_SECONDS)
@@ -174,6 +174,19 @@ def _is_of(name: str, device: int, image: Path) -> bool:
             raise
         return False
     return file == (status.st_dev, status.st_ino)
+
+
+def _still_has(name: str, image: Path) -> bool:
+    """Tell whether a device that was detached still has this image, and not another's that was attached to it since."""
+    if not has_file(name, image):
+        return False
+    try:
+        with _opened(name) as device:
+            return _is_of(name, device, image)
+    except OSError as error:
+        if error.errno not in {errno.ENOENT, errno.ENXIO}:
+            raise
+        return False
 
 
 def take_new_size(name: str) -> int:

@@ -29,6 +29,7 @@ from csi_driver.volumes.node import Node
 from csi_driver.volumes.node_state import NodeState
 from csi_driver.volumes.node_volumes import NodeVolumes
 from csi_driver.volumes.nodes import Nodes
+from csi_driver.volumes.orphans import Orphans
 from csi_driver.volumes.placement import Placements
 from csi_driver.volumes.pools import Pools, PoolStore
 from csi_driver.volumes.promises import Promises
@@ -139,7 +140,7 @@ def assemble(installation: Installation) -> Domain:
     locks, jobs, limits, turns = KeyedLocks(), Jobs(), Limits(), Turns()
     node_jobs = Jobs()  # their own: however many copies wait, what a pod waits for on this node is not refused
     promises = Promises(locks)
-    contents, sources = Contents(locks, Captures(turns)), Sources(pools, locks)
+    contents, sources = Contents(locks, Captures(turns)), Sources(pools, locks, limits)
     volume_removal, snapshot_removal = VolumeRemoval(locks, contents, limits), SnapshotRemoval(locks)
     verifier = Verifier(locks, contents, sources, turns)
     provisioner = Provisioner(pools, locks, jobs, contents, sources, volume_removal, verifier, promises, limits)
@@ -173,5 +174,6 @@ def assemble(installation: Installation) -> Domain:
     )
     # A node alone does not sweep what lies behind a server: there the controller does.
     swept = {name: store for name, store in stores.items() if controller or not store.backend.remote}
-    sweeper = Sweeper(Pools(swept, None), locks, volume_removal, snapshot_removal, groups, limits, trash_filled)
+    orphans = Orphans(node_volumes, installation.kubelet_dir, publisher.remove_inline_leftovers) if installation.node else None
+    sweeper = Sweeper(Pools(swept, None), locks, volume_removal, snapshot_removal, groups, limits, trash_filled, orphans)
     return Domain(services, pools, jobs, node_jobs, sweeper, state, provisioner, verifier, promises)

@@ -9,7 +9,7 @@ an admin) and one in which a tenant has made subvolumes of his own, which a snap
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -19,6 +19,7 @@ from csi_driver.linux.abilities import Abilities
 from csi_driver.linux.copies import CopyReport, copy_tree
 from csi_driver.linux.inode_flags import clear_holding_flags
 from csi_driver.linux.priorities import stand_back
+from csi_driver.linux.walk import WalkStopped
 from csi_driver.volumes.jobs import JobCancelled, JobControl
 from csi_driver.volumes.model import CaptureReport, Form, Layout
 from csi_driver.volumes.pools import STAGING, PoolStore
@@ -46,15 +47,35 @@ class Hold(Protocol):
     def finish(self, top: int) -> None:
         """See that the content, which is all there and on disk, fits."""
 
+    def is_outgrown(self, copied_bytes: int) -> bool:
+        """Tell whether so much cannot have been in the source at any moment: somebody rewrites it while it is copied file by file."""
+
 
 class HoldNothing:
-    """For snapshots, which nobody writes to."""
+    """For snapshots of what is not held itself: nobody writes to them, and nobody knows how much may be in them."""
 
     def begin(self, top: int) -> None:
         """Do nothing."""
 
     def finish(self, top: int) -> None:
         """Do nothing."""
+
+    def is_outgrown(self, copied_bytes: int) -> bool:  # noqa: ARG002
+        return False
+
+
+class HoldToSource(HoldNothing):
+    """For snapshots of a volume that is held to its size: they cannot be larger than it is, or ever was."""
+
+    def __init__(self, ask_most: Callable[[], int | None]) -> None:
+        """`ask_most` says how many bytes the volume can have just now; it may grow. None: nobody knows."""
+        self._ask_most = ask_most
+        self._most: int | None = 0
+
+    def is_outgrown(self, copied_bytes: int) -> bool:
+        if self._most is not None and copied_bytes > self._most:
+            self._most = self._ask_most()
+        return self._most is not None and copied_bytes > self._most
 
 
 def consistency_of(report: CaptureReport, form: Form) -> str:
@@ -116,7 +137,7 @@ class Captures:
             self.make_empty(store, staging, name, hold)
             target = os.open(name, _DIRECTORY, dir_fd=staging)
             try:
-                copied = _copy(store, source, target, job)
+                copied = _copy(store, source, target, job, hold)
                 if job.should_stop():
                     raise JobCancelled(f"{job.key} was stopped")
                 files.sync_filesystem(target)
@@ -126,16 +147,23 @@ class Captures:
         return CaptureReport(copied.method, copied.files, copied.bytes, dict(copied.not_carried))
 
 
-def _copy(store: PoolStore, source: int, target: int, job: JobControl) -> CopyReport:
-    """Copy the tree. Raises FailedPrecondition for what may not be read, WalkStopped, OSError."""
+def _copy(store: PoolStore, source: int, target: int, job: JobControl, hold: Hold) -> CopyReport:
+    """Copy the tree. Raises FailedPrecondition for what may not be read, or is rewritten meanwhile, WalkStopped, OSError."""
     try:
         return copy_tree(
             source,
             target,
             progress=job.progress,
-            should_stop=job.should_stop,
+            should_stop=lambda: job.should_stop() or hold.is_outgrown(job.progress.bytes),
             workers=LOCAL_WORKERS if store.backend.data_is_here else REMOTE_WORKERS,
         )
+    except WalkStopped as stopped:
+        if job.should_stop() or not hold.is_outgrown(job.progress.bytes):
+            raise
+        raise FailedPrecondition(
+            f"pool {store.name}: the volume is rewritten while it is copied file by file: {job.progress.bytes} bytes were copied so far, more than "
+            "it can hold at once; stop what writes to it, and try again"
+        ) from stopped
     except PermissionError as error:
         raise FailedPrecondition(
             f"pool {store.name}: {quoted(error.filename or 'the top', 400)} cannot be copied whole ({error.strerror}): what runs here may not "

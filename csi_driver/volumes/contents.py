@@ -40,6 +40,7 @@ from csi_driver.volumes.model import (
     SourceKind,
     VolumeRecord,
 )
+from csi_driver.volumes.parents import mark_made, place_lock
 from csi_driver.volumes.pools import SNAPSHOT_DATA, STAGING, PoolStore, exists_at
 from csi_driver.volumes.trash import volumes_being_deleted
 
@@ -298,9 +299,9 @@ class Contents:
     def _hold_place(self, store: PoolStore, directory: str) -> Iterator[None]:
         """Keep others from making this directory, or one above it, a volume at the same moment. Raises OperationPending."""
         with ExitStack() as held:
-            held.enter_context(self._locks.hold(store, f"directory:{directory}"))
+            held.enter_context(self._locks.hold(store, place_lock(directory)))
             for parent in _parents(directory):
-                held.enter_context(self._locks.hold(store, f"directory:{parent}", shared=True))
+                held.enter_context(self._locks.hold(store, place_lock(parent), shared=True))
             yield
 
     def _make_parents(self, store: PoolStore, directory: str) -> None:
@@ -311,11 +312,13 @@ class Contents:
             for parent in parents:
                 self._check_parent(store, root, parent, directory)
             try:
-                files.make_directories_beneath(root, parents[-1], _PARENT_MODE, exclusive=False)
+                made = files.make_directories_beneath(root, parents[-1], _PARENT_MODE, exclusive=False)
             except (NotADirectoryError, FileExistsError) as error:
                 raise InvalidArgument(
                     f"directory {quoted(directory)}: a part of it is no directory in pool {store.name}"
                 ) from error
+            if made:
+                mark_made(store, root, made)
 
     def _check_parent(self, store: PoolStore, root: int, parent: str, directory: str) -> None:
         try:

@@ -11,7 +11,8 @@ from typing import NoReturn
 
 from csi_driver.errors import DeadlineExceeded, OperationPending, Unavailable
 
-_ASK_AGAIN = (OperationPending, Unavailable, DeadlineExceeded)
+ASK_AGAIN = (OperationPending, Unavailable, DeadlineExceeded)
+"""The errors of the driver after which the caller asks again (rpc/status.py)."""
 
 
 @contextmanager
@@ -19,7 +20,7 @@ def may_be_left(what: str) -> Iterator[None]:
     """Turn whatever goes wrong in the context into an error after which the caller asks again: `what` may be there."""
     try:
         yield
-    except _ASK_AGAIN:
+    except ASK_AGAIN:
         raise
     except Exception as error:
         raise Unavailable(f"{what} may have been made, or be there in part ({error}); try again") from error

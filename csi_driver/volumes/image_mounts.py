@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from csi_driver.errors import FailedPrecondition, Unavailable, quoted
+from csi_driver.errors import FailedPrecondition, OperationPending, Unavailable, quoted
 from csi_driver.linux import image_child, image_filesystems, loop_devices
 from csi_driver.linux.bind_flags import parse_bind_flags
 from csi_driver.linux.commands import CommandFailed
@@ -13,6 +13,7 @@ from csi_driver.volumes.node_state import NodeVolumeRecord
 
 _SECONDS = 30.0
 _CHECK_SECONDS = 24 * 3600.0
+_STOP_SECONDS = 5.0
 _CHECK_WAIT_SECONDS = 75.0  # the kubelet waits for two minutes, and the rest takes its time, too
 _FLAGS = "volume_capability.mount.mount_flags"
 
@@ -26,7 +27,7 @@ class ImageFilesystems:
     def mount(self, known: NodeVolumeRecord, capability: Capability, staging: Path) -> None:
         """Mount the filesystem of an attached image, checked, and as large as its device.
 
-        Raises FailedPrecondition (not what was made, or damaged), OperationPending while it is being checked, Unavailable.
+        Raises FailedPrecondition (not what was made, or damaged), OperationPending while it is being checked or grown, Unavailable.
         """
         node, fs_type = loop_devices.node_of(known.device), known.form.fs_type
         found = image_child.recognise(node, _SECONDS)
@@ -34,9 +35,7 @@ class ImageFilesystems:
             raise FailedPrecondition(
                 f"the image of volume {quoted(known.handle)} does not begin with the {fs_type} that was made in it; it is left as it is"
             )
-        self._check(known)
-        if found[1] < loop_devices.size_of(known.device) and not image_filesystems.may_grow_mounted(fs_type):
-            image_filesystems.grow_unmounted(node, _CHECK_WAIT_SECONDS)
+        self._prepare(known)
         image_filesystems.mount(
             node,
             staging,
@@ -47,13 +46,19 @@ class ImageFilesystems:
         )
         self.grow_if_allowed(known)
 
-    def _check(self, known: NodeVolumeRecord) -> None:
-        """Check the filesystem in a job that a retry joins: of a large one that was not unmounted, it can take its time."""
+    def _prepare(self, known: NodeVolumeRecord) -> None:
+        """Check the filesystem, and grow what can only be grown unmounted, in a job that a retry joins: a large one takes its time."""
 
         def work(job: JobControl) -> None:
-            node = loop_devices.node_of(known.device)
+            node, fs_type = loop_devices.node_of(known.device), known.form.fs_type
             try:
-                image_filesystems.check(node, known.form.fs_type, _CHECK_SECONDS, job.should_stop)
+                job.begin("checking the filesystem", None)
+                image_filesystems.check(node, fs_type, _CHECK_SECONDS, job.should_stop)
+                found = image_child.recognise(node, _SECONDS)
+                too_small = found is not None and found[1] < loop_devices.size_of(known.device)
+                if too_small and not image_filesystems.may_grow_mounted(fs_type) and not job.should_stop():
+                    job.begin("growing the filesystem", None)
+                    image_filesystems.grow_unmounted(node, _CHECK_SECONDS, job.should_stop)
             except FailedPrecondition as damage:
                 raise FailedPrecondition(
                     f"the filesystem of volume {quoted(known.handle)} needs a person: {damage}. docs/images.md says how to repair it"
@@ -62,8 +67,16 @@ class ImageFilesystems:
         self._jobs.run(_check_key(known.handle), work, time.monotonic() + _CHECK_WAIT_SECONDS)
 
     def stop_check(self, handle: str) -> None:
-        """Stop a check that is under way: the volume is about to be taken away."""
+        """Stop a check that is under way: the volume is about to be taken away.
+
+        Raises OperationPending while a filesystem that is not mounted is being grown: that is not stopped.
+        """
+        job = self._jobs.find(_check_key(handle))
         self._jobs.cancel(_check_key(handle))
+        if job is not None and not job.finished.wait(_STOP_SECONDS):
+            raise OperationPending(
+                f"the filesystem of volume {quoted(handle)} is at work ({job.describe()}) and must come to its end; try again"
+            )
 
     def grow_if_allowed(self, known: NodeVolumeRecord) -> None:
         """Grow the mounted filesystem, unless this process may not grow one of its kind while it is mounted. Raises as `grow` does."""
@@ -73,7 +86,7 @@ class ImageFilesystems:
     def grow(self, known: NodeVolumeRecord) -> None:
         """Make the mounted filesystem as large as its device; raw block has none.
 
-        Raises FailedPrecondition where that is not allowed while it is mounted, Unavailable, DeadlineExceeded.
+        It is a job that a retry joins. Raises FailedPrecondition where that is not allowed while it is mounted, OperationPending, Unavailable.
         """
         if known.form.access_type is AccessType.BLOCK or known.access_mode.reader_only:
             return
@@ -81,10 +94,15 @@ class ImageFilesystems:
         found = image_child.recognise(node, _SECONDS)
         if found is not None and found[1] == size:
             return
-        try:
-            image_filesystems.grow_mounted(node, Path(known.staging_path), known.form.fs_type)
-        except CommandFailed as error:
-            raise Unavailable(f"the filesystem of volume {quoted(known.handle)} could not be grown yet: {error}") from error
+
+        def work(job: JobControl) -> None:
+            job.begin("growing the filesystem", None)
+            try:
+                image_filesystems.grow_mounted(node, Path(known.staging_path), known.form.fs_type)
+            except CommandFailed as error:
+                raise Unavailable(f"the filesystem of volume {quoted(known.handle)} could not be grown yet: {error}") from error
+
+        self._jobs.run(f"growth of {known.handle}", work, time.monotonic() + _CHECK_WAIT_SECONDS)
 
 
 def _check_key(handle: str) -> str:

@@ -59,6 +59,13 @@ class NodeVolumes:
             and self.staging_of(known.form).is_staged(known, place.store)
         )
 
+    def is_anywhere(self, known: NodeVolumeRecord, *paths: Path) -> bool:
+        """Tell whether the mount table still has anything of a volume: at one of `paths` or, of an image, where this node reaches it."""
+        places = (*paths, *map(Path, known.paths()))
+        if known.form.layout is Layout.IMAGE:
+            places = (*places, self.images.place_of(known))  # which goes last, after the device
+        return any(topmost_mount_at(place) is not None for place in places)
+
     def find_mounted(self, handle: str, path: str) -> NodeVolumeRecord:
         """Return what this node knows of a volume that is mounted at `path` (staging or target). Raises NotFound."""
         known = self.state.get(handle)

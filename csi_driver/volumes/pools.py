@@ -7,6 +7,7 @@
     promises            the mark of whoever raised promises last (promises.py)
     volumes/ snapshots/ groups/         records
     retained/ archived/                 records that no longer answer to a name
+    parents/                            marks of the parents of templated directories that the driver made (parents.py)
     snapshots-data/<id>/                the content of snapshots
     manifests/<id>                      what is in a snapshot, file by file
     staging/<id>.<token>/               content that is being made
@@ -43,7 +44,8 @@ FORMAT_VERSION = 1
 VOLUMES, SNAPSHOTS, GROUPS = "volumes", "snapshots", "groups"
 RETAINED, ARCHIVED = "retained", "archived"
 SNAPSHOT_DATA, MANIFESTS, STAGING, TRASH = "snapshots-data", "manifests", "staging", "trash"
-_FOLDERS = (VOLUMES, SNAPSHOTS, GROUPS, RETAINED, ARCHIVED, SNAPSHOT_DATA, MANIFESTS, STAGING, TRASH)
+PARENTS = "parents"
+_FOLDERS = (VOLUMES, SNAPSHOTS, GROUPS, RETAINED, ARCHIVED, PARENTS, SNAPSHOT_DATA, MANIFESTS, STAGING, TRASH)
 ARCHIVE_DIRECTORY = "archived"
 """Where, beside the volumes, the data of `onDelete: archive` goes."""
 

@@ -4,14 +4,17 @@ Every operation can be cut off at any point and asked for again. The record says
 next call with the same name or handle goes on from there.
 """
 
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from csi_driver.errors import (
     AlreadyExists,
     InvalidArgument,
     NotFound,
+    OperationPending,
     RecordDamaged,
     ResourceExhausted,
     quoted,
@@ -72,6 +75,8 @@ class Provisioner:
         self._promises = promises
         self._expansion = Expansion(pools, locks, promises, contents, limits)
         self._limits = limits
+        self._guard = threading.Lock()
+        self._names: set[str] = set()
 
     # --- create -------------------------------------------------------------------------------------------------------------------
 
@@ -110,17 +115,33 @@ class Provisioner:
 
     def _find(self, store: PoolStore, record_id: str, request: CreateVolume) -> VolumeRecord | None:
         """Find the record that the name has, in whatever pool; raise AlreadyExists if it is not what is asked for."""
-        for other in self._pools:
-            taken = other.glance(other.volumes, other.id_of(VOLUME, request.name)) if other is not store else None
-            if taken is not None and taken.phase is not Phase.DELETING:
-                raise _exists_elsewhere(taken)
+        self._require_nowhere_else(store, request.name)
         record = store.volumes.get(record_id)
         if record is not None and record.phase is not Phase.DELETING:
             _require_same(record, request)
         return record
 
+    def _require_nowhere_else(self, store: PoolStore, name: str) -> None:
+        for other in self._pools:
+            taken = other.glance(other.volumes, other.id_of(VOLUME, name)) if other is not store else None
+            if taken is not None and taken.phase is not Phase.DELETING:
+                raise _exists_elsewhere(taken)
+
+    @contextmanager
+    def _alone_with(self, name: str) -> Iterator[None]:
+        """Keep the other calls of this process from making a volume of this name in another pool. Raises OperationPending at once."""
+        with self._guard:
+            if name in self._names:
+                raise OperationPending(f"volume {quoted(name)} is being made by another call; try again")
+            self._names.add(name)
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._names.discard(name)
+
     def _create_locked(self, store: PoolStore, record_id: str, request: CreateVolume, job: JobControl | None) -> Volume:
-        with self._locks.hold(store, f"volume:{record_id}"):
+        with self._alone_with(request.name), self._locks.hold(store, f"volume:{record_id}"):
             record = self._find(store, record_id, request)
             if record is not None and record.phase is Phase.DELETING:
                 self._removal.finish(store, record)
@@ -163,6 +184,9 @@ class Provisioner:
         def add(record: VolumeRecord) -> VolumeRecord:
             if not store.volumes.add(record, gate):
                 raise AlreadyExists(f"volume {quoted(request.name)} is being made by another controller")
+            # Once more: another controller may have made one in another pool since. Each looks after its own record is there, so of two at
+            # once, one at least sees the other, and gives way.
+            self._require_nowhere_else(store, request.name)
             return record
 
         if _is_made_at_once(record):

@@ -158,9 +158,9 @@ class Publisher:
             if left != known:
                 self._state.volumes.replace(left)
         if left.ephemeral:
-            self._remove_inline_leftovers()
+            self.remove_inline_leftovers()
 
-    def _remove_inline_leftovers(self) -> None:
+    def remove_inline_leftovers(self) -> None:
         """Delete the volumes of pods that are gone. One whose server is away is left for the next time: its pod need not wait."""
         for record in list(self._state.volumes.readable()):
             if not record.ephemeral or record.targets:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from csi_driver.errors import AlreadyExists, InvalidArgument, NotFound, RecordDamaged, ResourceExhausted, quoted
-from csi_driver.volumes.captures import consistency_of
+from csi_driver.volumes.captures import HoldToSource, consistency_of
 from csi_driver.volumes.contents import Contents
 from csi_driver.volumes.finality import may_be_left, take_back
 from csi_driver.volumes.handles import SNAPSHOT, parse_handle
@@ -16,6 +16,7 @@ from csi_driver.volumes.jobs import JobControl, Jobs
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.lookup import is_shown
 from csi_driver.volumes.model import (
+    CaptureReport,
     ContentSource,
     CreateSnapshot,
     Page,
@@ -146,12 +147,22 @@ class Snapshots:
         origin = ContentSource(SourceKind.VOLUME, record.source_handle)
         with self._sources.hold(origin) as source:
             cut_at = time.time_ns()  # after a crash it is cut anew, and later
-            report = self._contents.copy(store, record.id, record.token, source, None, job)
-            # Asked after the cut: the volume may have grown meanwhile, and more may be in the snapshot than it was allowed before.
-            size = self._contents.size_of_staged(store, record) or self._sources.size_of(origin)
+            hold = HoldToSource(lambda: self._sources.most_bytes_of(record.source_handle))
+            report = self._contents.copy(store, record.id, record.token, source, None, job, hold)
+            size = self._contents.size_of_staged(store, record) or self._least_bytes(record, report)
         return replace(
             record, capture=report, size_bytes=size, created_at_ns=cut_at, consistency=consistency_of(report, record.form)
         )
+
+    def _least_bytes(self, record: SnapshotRecord, report: CaptureReport) -> int:
+        """Return how many bytes a restore of a directory needs.
+
+        Asked after the cut: the volume may have grown meanwhile, and more may be in the snapshot than it was allowed before. Where what
+        is restored is held to its size, it must be large enough for what was copied.
+        """
+        _, volume = self._sources.volume(record.source_handle)
+        is_held = volume.limit is not None and volume.limit.mark is not None
+        return max(volume.capacity_bytes, (report.bytes or 0) if is_held else 0)
 
     def place(self, store: PoolStore, record: SnapshotRecord) -> SnapshotRecord:
         """Move what was cut into its place; it stays `creating` until the caller says `ready`."""

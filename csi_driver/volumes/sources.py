@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from csi_driver.errors import NotFound, quoted
 from csi_driver.volumes.contents import Source, content_key
+from csi_driver.volumes.limits import Limits
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.lookup import is_shown
 from csi_driver.volumes.model import ContentSource, Form, Phase, SnapshotRecord, SourceKind, VolumeRecord
@@ -14,9 +15,10 @@ from csi_driver.volumes.pools import Pools, PoolStore
 class Sources:
     """Finds what a request names as its source."""
 
-    def __init__(self, pools: Pools, locks: KeyedLocks) -> None:
+    def __init__(self, pools: Pools, locks: KeyedLocks, limits: Limits) -> None:
         self._pools = pools
         self._locks = locks
+        self._limits = limits
 
     def size_of(self, source: ContentSource) -> int:
         """Return the least size in bytes that a volume with this content needs. Raises NotFound, ResourceExhausted."""
@@ -48,6 +50,10 @@ class Sources:
         if located is None or record is None or record.phase is not Phase.READY:
             raise NotFound(f"source volume {quoted(handle)} does not exist")
         return located[0], record
+
+    def most_bytes_of(self, handle: str) -> int | None:
+        """Say how much a volume can hold just now (limits.py); None where nobody knows. Raises NotFound, OSError."""
+        return self._limits.most_bytes(*self.volume(handle))
 
     def _find(self, source: ContentSource) -> tuple[PoolStore, VolumeRecord | SnapshotRecord]:
         located = self._pools.locate_source(source.handle)

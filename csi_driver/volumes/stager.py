@@ -10,9 +10,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from csi_driver.errors import AlreadyExists, FailedPrecondition, quoted
+from csi_driver.errors import AlreadyExists, FailedPrecondition, TatamiError, quoted
 from csi_driver.linux.mountinfo import topmost_mount_at
 from csi_driver.volumes.contents import content_key
+from csi_driver.volumes.finality import ASK_AGAIN
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import AccessMode, Layout, StageVolume
 from csi_driver.volumes.mount_points import foreign, make_empty_directory
@@ -81,12 +82,26 @@ class Stager:
         )
         self._state.volumes.replace(record)
         way = self._volumes.staging_of(record.form)
-        record = way.stage(record, place.store, capability, staging, place.capacity_bytes)
+        try:
+            record = way.stage(record, place.store, capability, staging, place.capacity_bytes)
+        except TatamiError as error:
+            if not isinstance(error, ASK_AGAIN):
+                self._forget(record.handle, staging)
+            raise
         mounted = topmost_mount_at(staging)
         if record.form.layout is Layout.DIRECTORY and record.source and mounted is not None and mounted.source != record.source:
             # The kernel writes some names in another way.
             record = self._state.volumes.replace(replace(record, source=mounted.source))
         return record
+
+    def _forget(self, handle: str, staging: Path) -> None:
+        """Remove the record of a volume that has certainly not come: for the kubelet that is final, and no Unstage will.
+
+        A damaged filesystem is told by the record until the kubelet's directory is gone (orphans.py).
+        """
+        known = self._state.get(handle)
+        if known is not None and not known.fault and not known.targets and not self._volumes.is_anywhere(known, staging):
+            self._state.volumes.remove(known.id)
 
     def _is_stale(self, store: PoolStore, staging: Path) -> bool:
         """Tell whether a mount shows what is no more; Unavailable where its server does not answer at all."""

@@ -20,7 +20,9 @@ from csi_driver.volumes.handles import GROUP, ID_PATTERN, VOLUME
 from csi_driver.volumes.limits import Limits
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import GroupRecord, Phase, SnapshotRecord, VolumeRecord
-from csi_driver.volumes.pools import GROUPS, MANIFESTS, SNAPSHOTS, STAGING, VOLUMES, Pools, PoolStore
+from csi_driver.volumes.orphans import Orphans
+from csi_driver.volumes.parents import remove_empty_parents
+from csi_driver.volumes.pools import GROUPS, MANIFESTS, PARENTS, SNAPSHOTS, STAGING, VOLUMES, Pools, PoolStore
 from csi_driver.volumes.reaper import Reaper
 from csi_driver.volumes.removal import SnapshotRemoval, VolumeRemoval
 from csi_driver.volumes.trash import Deletion, unfinished_deletions
@@ -41,11 +43,13 @@ class SweepReport:
     staging: int = 0
     deletions_completed: int = 0
     creations_abandoned: int = 0
+    parents: int = 0
+    orphans: int = 0
     failed: int = 0
 
 
 class Sweeper:
-    """One background thread for all pools; `trash_filled` wakes it."""
+    """One background thread for all pools; `trash_filled` wakes it. `orphans` are those of the node, where this process serves it."""
 
     def __init__(
         self,
@@ -56,6 +60,7 @@ class Sweeper:
         groups: Groups,
         limits: Limits,
         trash_filled: threading.Event,
+        orphans: Orphans | None = None,
     ) -> None:
         self._pools = pools
         self._locks = locks
@@ -63,6 +68,7 @@ class Sweeper:
         self._snapshots = snapshots
         self._groups = groups
         self._limits = limits
+        self._orphans = orphans
         self._wake = trash_filled
         self._stop = threading.Event()
         self._reaper = Reaper(self._stop.is_set)
@@ -90,6 +96,7 @@ class Sweeper:
             report = SweepReport()
             if started >= next_sweep:
                 self._each_pool(self._leftovers, report, patient=True)
+                self._sweep_orphans(report, patient=True)
                 next_sweep = started + INTERVAL_SECONDS
             self._each_pool(self._empty_trash, report, patient=True)
             observe(time.monotonic() - started, report)
@@ -104,6 +111,7 @@ class Sweeper:
     def sweep(self) -> SweepReport:
         """Go through all pools once, trash included, at once: for whoever wants to see the result."""
         report = self.sweep_leftovers()
+        self._sweep_orphans(report, patient=False)
         self._each_pool(self._empty_trash, report, patient=False)
         return report
 
@@ -118,6 +126,15 @@ class Sweeper:
             except (TatamiError, OSError) as error:
                 report.failed += 1
                 _log.warning("sweeping failed", extra={"pool": store.name, "error": str(error)})
+
+    def _sweep_orphans(self, report: SweepReport, *, patient: bool) -> None:
+        if self._orphans is None:
+            return
+        try:
+            report.orphans += self._orphans.sweep(patient=patient)
+        except (TatamiError, OSError) as error:
+            report.failed += 1
+            _log.warning("this node's records cannot be swept", extra={"error": str(error)})
 
     # --- trash --------------------------------------------------------------------------------------------------------------------
 
@@ -139,7 +156,8 @@ class Sweeper:
         self._complete_deletions(store, report, stale)
         self._complete(store, report, stale)
         self._renew_limits(store, report)
-        for folder in (VOLUMES, SNAPSHOTS, GROUPS, MANIFESTS):
+        report.parents += remove_empty_parents(store, self._locks, stale)
+        for folder in (VOLUMES, SNAPSHOTS, GROUPS, PARENTS, MANIFESTS):
             with store.open(folder) as opened:
                 files.remove_leftover_temporaries(opened, _TEMPORARY_SECONDS)
         self._suspects = {suspect for suspect in self._suspects if suspect[0] != store.name} | seen

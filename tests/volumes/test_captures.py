@@ -13,7 +13,7 @@ from trees import fill, seen
 from csi_driver.config import HostPathPool
 from csi_driver.errors import FailedPrecondition, OperationPending, OutOfRange
 from csi_driver.linux import btrfs, trees
-from csi_driver.volumes.captures import FILE_BY_FILE, POINT_IN_TIME
+from csi_driver.volumes.captures import FILE_BY_FILE, POINT_IN_TIME, HoldToSource
 from csi_driver.volumes.groups import POINT_IN_TIME_EACH
 from csi_driver.volumes.jobs import JobCancelled, JobControl
 from csi_driver.volumes.model import ContentSource, CreateSnapshot, OnDelete, SourceKind
@@ -439,3 +439,43 @@ def test_a_copy_that_outlasts_its_call_says_how_far_it_is(tmp_path, make_disk):
         request = bench.request("restored", source=ContentSource(SourceKind.SNAPSHOT, snapshot.record.handle))
         bench.volumes.create(request, time.monotonic() + 1.1)
     assert bench.restore("restored", snapshot).record.capture.files == 4000
+
+
+# --- what is rewritten while it is copied -----------------------------------------------------------------------------------------
+
+
+def test_a_copy_of_more_than_its_volume_can_hold_stops_and_one_that_grows_with_its_volume_does_not(tmp_path, make_disk):
+    bench = bench_on(tmp_path, {"default": make_disk("ext4", "256M", "ext4")})
+    volume = bench.create("source")
+    for number in range(40):
+        (bench.path(volume) / str(number)).write_bytes(b"x" * MIB)
+    store, captures = bench.pool(), bench.snapshots._contents._captures
+
+    def run(name, hold):
+        job = JobControl(name)
+        with store.open_volume(volume.record.directory) as top, store.open("staging") as staging:
+            return captures.capture(store, top, staging, name, volume.record.handle, job, hold).bytes
+
+    with pytest.raises(FailedPrecondition, match="rewritten"):
+        run("a", HoldToSource(lambda: 8 * MIB))
+    assert 8 * MIB < sum(path.stat().st_size for path in (store.backend.root() / ".csi/staging/a").iterdir()) <= 10 * MIB
+    assert run("b", HoldToSource(lambda: 40 * MIB)) == 40 * MIB
+    growing = iter(range(8, 100, 8))
+    assert run("c", HoldToSource(lambda: next(growing) * MIB)) == 40 * MIB
+    assert run("d", HoldToSource(lambda: None)) == 40 * MIB
+    bench.domain.stop(5)
+
+
+def test_the_size_of_a_copied_snapshot_is_at_least_what_was_copied_where_volumes_are_held(tmp_path, make_disk):
+    disk = make_disk("btrfs", "768M", "btrfs")
+    subprocess.run(["btrfs", "quota", "enable", disk], check=True)
+    bench = bench_on(tmp_path, {"default": disk})
+    volume = bench.create("source", 32 * MIB)
+    assert volume.record.limit.mark is not None
+    subprocess.run(["btrfs", "-q", "subvolume", "create", bench.path(volume) / "inner"], check=True)  # else it were one moment
+    for number in range(6):
+        (bench.path(volume) / "inner" / str(number)).write_bytes(os.urandom(8 * MIB))  # and this counts for nobody
+    snapshot = bench.snapshot("snap", volume)
+    assert snapshot.record.consistency == "file by file"
+    assert snapshot.record.size_bytes == 48 * MIB
+    bench.domain.stop(5)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import threading
 import time
@@ -26,9 +27,10 @@ from images import (
 )
 
 from csi_driver.config import HostPathPool
-from csi_driver.errors import FailedPrecondition, InvalidArgument, OutOfRange
+from csi_driver.errors import FailedPrecondition, InvalidArgument, OperationPending, OutOfRange
 from csi_driver.linux import image_filesystems
 from csi_driver.linux.mountinfo import topmost_mount_at
+from csi_driver.volumes import image_mounts
 from csi_driver.volumes.model import AccessMode, CapacityRange, ContentSource, Layout, SourceKind
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_mounts")]
@@ -215,6 +217,33 @@ def test_an_ext4_that_may_not_grow_now_grows_when_it_is_staged_next(bench):
     assert os.statvfs(target).f_blocks * os.statvfs(target).f_frsize > 50 * MIB
     assert (target / "file").read_text() == "content"
     assert bench.node.stats(handle, str(target), 1e12).bytes.total > 50 * MIB
+
+
+@pytest.mark.skipif("ext4" in CAN_GROW_MOUNTED, reason="this machine can grow a mounted ext4")
+def test_a_growth_that_outlasts_its_call_goes_on_is_joined_and_is_not_cut_off_by_unstage(bench, tmp_path, monkeypatch):
+    volume = make_image(bench, "v", filesystem())
+    handle = volume.record.handle
+    bench.volumes.expand(handle, CapacityRange(64 * MIB), None)
+    runs, go_on = tmp_path / "runs", tmp_path / "go on"
+    slow = tmp_path / "bin" / "resize2fs"
+    slow.parent.mkdir()
+    real = shutil.which("resize2fs", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    slow.write_text(
+        f"#!/bin/sh\necho run >> {runs}\nwhile ! test -e '{go_on}'; do sleep 0.05; done\n{real} $1\necho end >> {runs}\n"
+    )
+    slow.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{slow.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(image_mounts, "_CHECK_WAIT_SECONDS", 3.0)
+    monkeypatch.setattr(image_mounts, "_STOP_SECONDS", 0.1, raising=False)
+    with pytest.raises(OperationPending, match="growing the filesystem"):
+        bench.stage(handle, filesystem())
+    with pytest.raises(OperationPending, match="must come to its end"):
+        bench.node.unstage(handle, bench.staging_of(handle))
+    go_on.touch()
+    until(lambda: not bench.domain.node_jobs.running())
+    staging = bench.stage(handle, filesystem())
+    assert runs.read_text() == "run\nend\n"
+    assert os.statvfs(staging).f_blocks * os.statvfs(staging).f_frsize > 50 * MIB
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])
@@ -425,6 +454,7 @@ def test_a_second_node_is_refused_by_the_name_of_the_first_until_that_lets_go(tw
     with pytest.raises(FailedPrecondition, match="held by node 'first'"):
         second.stage(handle, capability)
     assert devices_below(first.root) == devices_below(first.root / "kubelet")
+    assert list(second.domain.state.volumes.readable()) == []  # for the kubelet that was final: no Unstage comes
     assert (first.path(volume) / "image").read_bytes() == before
     second.node.unstage(handle, second.staging_of(handle))
     first.stage(handle, capability)

@@ -1,6 +1,7 @@
 """Image volumes with a filesystem, on hostPath: real loop devices, real mounts."""
 
 import os
+import shutil
 import subprocess
 import time
 from dataclasses import replace
@@ -30,6 +31,7 @@ from csi_driver.volumes.model import (
     Layout,
     LimitPolicy,
     Ownership,
+    StageVolume,
 )
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_mounts")]
@@ -375,3 +377,18 @@ def test_an_image_counts_no_files_and_says_so_or_is_refused(without_quotas):
     assert without_quotas.leftovers() == []
     volume = make_image(without_quotas, "v", filesystem(), inodes=100)
     assert volume.context["limit"] == "hard; the number of files is not limited"
+
+
+def test_a_fault_is_forgotten_once_the_kubelet_has_given_the_volume_up(bench):
+    volume = make_image(bench, "v", filesystem())
+    (bench.path(volume) / "image").write_bytes(bytes(16 * MIB))
+    staging = bench.kubelet / "plugins/kubernetes.io/csi/driver/0123/globalmount"
+    staging.parent.mkdir(parents=True)
+    for _ in range(2):
+        with pytest.raises(FailedPrecondition, match="does not begin with"):
+            bench.node.stage(StageVolume(volume.record.handle, str(staging), filesystem()))
+    bench.sweep()
+    assert "does not begin with" in bench.domain.state.get(volume.record.handle).fault
+    shutil.rmtree(staging.parent)
+    bench.sweep()
+    assert bench.domain.state.get(volume.record.handle) is None

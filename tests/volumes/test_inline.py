@@ -8,6 +8,7 @@ from trees import fill
 
 from csi_driver.config import HostPathPool
 from csi_driver.errors import AlreadyExists, FailedPrecondition, InvalidArgument, ResourceExhausted
+from csi_driver.linux.mountinfo import topmost_mount_at
 from csi_driver.volumes.handles import VOLUME
 from csi_driver.volumes.inline import inline_name
 from csi_driver.volumes.model import DEFAULT_CAPACITY_BYTES, AccessMode, OnDelete, Page
@@ -191,3 +192,53 @@ def test_without_a_default_pool_the_pod_must_name_one(tmp_path):
         publish(bench)
     publish(bench, pool="one")
     bench.node.unpublish("csi-1", bench.target("pod"))
+
+
+# --- whose Unpublish never comes --------------------------------------------------------------------------------------------------
+
+
+def lost_node(bench, target, wiped=True):
+    """The node was lost: nothing is mounted any more, and, if it was `wiped`, nor is there anything of the pod."""
+    subprocess.run(["umount", target], check=True)
+    if wiped:
+        target.rmdir()
+        target.parent.rmdir()
+
+
+def test_an_inline_volume_whose_pod_is_gone_without_an_unpublish_is_removed_with_its_record(bench):
+    target, other = publish(bench), publish(bench, "csi-2", "other")
+    (target / "data").write_text("content")
+    lost_node(bench, target)
+    fresh = bench.restarted()
+    assert [fresh.domain.sweeper._orphans.sweep(patient=True) for _ in range(3)] == [0, 1, 0]
+    assert [known.handle for known in fresh.domain.state.volumes.readable()] == ["csi-2"]
+    assert [record.name for record in records(fresh)] == [inline_name("csi-2")]
+    assert topmost_mount_at(other) is not None
+    fresh.sweep()
+    assert fresh.leftovers() == []
+    fresh.node.unpublish("csi-1", str(target))
+
+
+@pytest.mark.parametrize("left", ["its mount", "its directory", "its pod's directory", "no pod at all"])
+def test_an_inline_volume_of_which_the_kubelet_has_anything_left_stays(bench, left):
+    target = publish(bench)
+    if left != "no pod at all":
+        publish(bench, "csi-2", "other")
+    if left != "its mount":
+        lost_node(bench, target, wiped=left == "no pod at all")
+    if left == "its pod's directory":
+        target.rmdir()
+    for _ in range(3):
+        bench.sweep()
+    assert inline_name("csi-1") in [record.name for record in records(bench)]
+    assert bench.domain.state.get("csi-1") is not None
+
+
+def test_an_inline_volume_that_its_pod_gets_again_meanwhile_stays(bench):
+    target, _ = publish(bench), publish(bench, "csi-2", "other")
+    lost_node(bench, target)
+    orphans = bench.domain.sweeper._orphans
+    assert orphans.sweep(patient=True) == 0
+    publish(bench)
+    assert orphans.sweep(patient=True) == 0
+    assert topmost_mount_at(target) is not None

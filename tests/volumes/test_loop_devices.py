@@ -3,6 +3,7 @@
 What is attached in a mount namespace that has ended is shown as /image, whoever's it is.
 """
 
+import os
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from images import CHANGE_FD, CLR_FD, ask_without_capabilities, devices_below, take_down
 
-from csi_driver.linux import loop_devices
+from csi_driver.linux import image_child, loop_devices
 
 pytestmark = pytest.mark.root
 MIB = 1024**2
@@ -43,6 +44,35 @@ def test_a_device_is_detached_from_its_own_image_only(two_images):
     assert loop_devices.detach(of_one, one, 1.0)
     assert devices_below(one.parent) == []
     assert devices_below(other.parent) == [of_other]
+
+
+def test_a_device_that_has_another_s_image_takes_no_new_size_for_this_one(two_images):
+    one, other = two_images
+    (of_one,), (of_other,) = devices_below(one.parent), devices_below(other.parent)
+    for image in two_images:
+        os.truncate(image, 8 * MIB)
+    with pytest.raises(OSError, match="has another file by now"):
+        image_child.take_new_size(one.parent, of_other, 10.0)
+    assert loop_devices.size_of(of_other) == 4 * MIB
+    assert image_child.take_new_size(one.parent, of_one, 10.0) == 8 * MIB
+
+
+def test_a_detached_device_that_another_has_got_meanwhile_is_not_waited_for(two_images, tmp_path, monkeypatch):
+    one, _ = two_images
+    (of_one,) = devices_below(one.parent)
+    (tmp_path / "third").mkdir()
+    make_file(tmp_path / "third/image")
+    looks = loop_devices.has_file
+
+    def taken_before_we_look(name, image):
+        monkeypatch.setattr(loop_devices, "has_file", looks)
+        script = f'mount --bind "{tmp_path}/third" "{tmp_path}/place-one" && losetup /dev/{of_one} "{tmp_path}/place-one/image"'
+        subprocess.run(["unshare", "-m", "--propagation", "private", "sh", "-c", script], check=True)
+        return looks(name, image)
+
+    monkeypatch.setattr(loop_devices, "has_file", taken_before_we_look)
+    assert loop_devices.detach(of_one, one, 1.0)
+    assert devices_below(tmp_path / "third") == [of_one]
 
 
 def test_a_device_that_somebody_made_read_only_once_can_be_written(tmp_path):

@@ -870,3 +870,35 @@ def test_ten_thousand_volumes_come_in_pages_of_a_hundred_each_exactly_once_while
     assert len(set(found)) == len(found)
     assert stay <= set(found)
     assert set(pages(bench, 100)) == stay
+
+
+# --- one name, two pools, at the same moment --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", [None, "team/v"], ids=["an empty volume", "a volume of a template"])
+@pytest.mark.parametrize("who", ["another controller", "another call"])
+def test_of_one_name_in_two_pools_at_once_there_is_one_volume_at_most(bench, monkeypatch, who, template):
+    other = bench.restarted() if who == "another controller" else bench
+    refused = OperationPending if who == "another call" else AlreadyExists
+    records, outcomes = bench.pool("default").volumes, []
+    add = records.add
+
+    def meanwhile(record, *gate):
+        monkeypatch.undo()
+        try:
+            outcomes.append(other.create("v", pool="spread", directory=template).record)
+        except refused as error:
+            outcomes.append(error)
+        return add(record, *gate)
+
+    monkeypatch.setattr(records, "add", meanwhile)
+    if who == "another controller":
+        with pytest.raises(AlreadyExists, match="exists in pool spread"):
+            bench.create("v", pool="default", directory=template)
+    else:
+        bench.create("v", pool="default", directory=template)
+        assert isinstance(outcomes[0], OperationPending)
+    made = [record.handle for store in bench.domain.pools for record in store.volumes.readable()]
+    assert len(made) == 1
+    bench.sweep()
+    assert bench.leftovers("team") == []

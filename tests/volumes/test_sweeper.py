@@ -274,3 +274,52 @@ def test_a_large_tree_is_removed_and_a_stop_in_the_middle_is_taken_up_again(tmp_
     bench.domain.sweeper.stop(5)
     bench.restarted().sweep()
     assert bench.leftovers() == []
+
+
+# --- parents of templated directories ---------------------------------------------------------------------------------------------
+
+
+def test_empty_parents_that_the_driver_made_go_and_an_admins_stay(bench):
+    root = bench.pool().backend.root()
+    (root / "admins").mkdir()
+    volumes = [bench.create(f"v{n}", directory=place) for n, place in enumerate(("team/a/one", "team/two", "admins/b/three"))]
+    bench.volumes.delete(volumes[0].record.handle)
+    bench.volumes.delete(volumes[2].record.handle)
+    bench.sweep()
+    assert sorted(os.listdir(root / "team")) == ["two"]
+    assert os.listdir(root / "admins") == []
+    bench.volumes.delete(volumes[1].record.handle)
+    bench.sweep()
+    assert not (root / "team").exists()
+    assert (root / "admins").is_dir()
+    assert os.listdir(root / ".csi/parents") == []
+    assert bench.create("again", directory="team/a/one").record.directory == "team/a/one"
+
+
+def test_a_parent_that_an_admin_has_put_in_the_place_of_ours_or_put_something_in_stays(bench):
+    root = bench.pool().backend.root()
+    volumes = [bench.create(f"v{n}", directory=f"{place}/v") for n, place in enumerate(("replaced", "used"))]
+    for volume in volumes:
+        bench.volumes.delete(volume.record.handle)
+    (root / "replaced").rename(root / "old")
+    (root / "replaced").mkdir()
+    (root / "used" / "file").write_text("an admin's")
+    bench.sweep()
+    assert (root / "replaced").is_dir()
+    assert (root / "used" / "file").read_text() == "an admin's"
+
+
+def test_a_parent_below_which_somebody_makes_a_volume_is_not_taken_away(bench, monkeypatch):
+    bench.volumes.delete(bench.create("first", directory="team/first").record.handle)
+    root = bench.pool().backend.root()
+    mkdir = os.mkdir
+
+    def sweeping(path, *arguments, **named):
+        if path == "second":
+            monkeypatch.undo()
+            bench.restarted().sweep()
+        return mkdir(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "mkdir", sweeping)
+    bench.create("second", directory="team/second")
+    assert os.listdir(root / "team") == ["second"]

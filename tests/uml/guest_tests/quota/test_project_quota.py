@@ -10,7 +10,19 @@ import time
 import pytest
 from bench import MIB
 from limit_stories import *  # noqa: F403 - the tests that every limiter has to pass
-from limit_stories import SIZE, Held, bench_on, complaints, du, limits_at, marks_in_use, stops_at, wait_for, write
+from limit_stories import (
+    SIZE,
+    Held,
+    bench_on,
+    complaints,
+    du,
+    limits_at,
+    marks_in_use,
+    stops_at,
+    unlimited,
+    wait_for,
+    write,
+)
 
 from csi_driver.errors import FailedPrecondition, InvalidArgument, OutOfRange, ResourceExhausted
 from csi_driver.linux import project_limits, quota
@@ -331,3 +343,17 @@ def test_a_volume_that_came_from_another_disk_is_held_again_and_never_touches_wh
     assert quota.read_quota(theirs, mark).limit_bytes == 8 * SIZE
     os.close(theirs)
     there.bench.domain.stop(5)
+
+
+def test_a_snapshot_of_a_held_volume_may_be_as_large_as_the_volume_is_or_has_become(held):
+    volume, store = held.create("v"), held.bench.pool()
+    record = held.bench.volumes.get(volume.record.handle).record
+    write(held.bench.path(volume), uid=1000, most=SIZE // 2)
+    held.sync()
+    assert held.limits.most_bytes(store, record) == SIZE
+    assert held.bench.snapshot("s", volume).record.size_bytes == SIZE
+    with unlimited(held, volume):
+        write(held.bench.path(volume), name="more", uid=1000, most=SIZE)
+        held.sync()
+    assert 1.5 * SIZE <= held.limits.most_bytes(store, record) < 1.6 * SIZE
+    assert 1.5 * SIZE <= held.bench.snapshot("large", volume).record.size_bytes < 1.6 * SIZE

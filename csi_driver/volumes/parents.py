@@ -1,0 +1,103 @@
+"""Parents of templated directories: the driver makes them, and removes them again when the last volume in them has gone.
+
+Only those that it made: each has a mark in `.csi/parents`, with the inode that it is, written once it was made. A directory of the same
+name that an admin has made is another inode; what was made just before a crash has no mark, and stays. A parent is removed empty,
+under the lock that every creation below it shares, by the sweeper.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+
+from csi_driver.errors import OperationPending
+from csi_driver.linux import btrfs, files
+from csi_driver.volumes.locks import KeyedLocks
+from csi_driver.volumes.pools import PARENTS, PoolStore
+
+_MARK_BYTES = 65536
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_log = logging.getLogger(__name__)
+
+
+def place_lock(directory: str) -> str:
+    """Name the lock that whoever makes something in a directory shares, and whoever makes or removes it needs alone."""
+    return f"directory:{directory}"
+
+
+def mark_made(store: PoolStore, root: int, made: Sequence[str]) -> None:
+    """Remember that these directories, relative to the pool's root, were just made by the driver. Raises OSError."""
+    with store.open(PARENTS) as marks:
+        for directory in made:
+            descriptor = files.open_beneath(root, directory, _DIRECTORY)
+            try:
+                body = {"directory": directory, "inode": btrfs.identity_of(descriptor)}
+            finally:
+                os.close(descriptor)
+            files.write_atomically(marks, _name_of(directory), json.dumps(body).encode() + b"\n")
+
+
+def remove_empty_parents(store: PoolStore, locks: KeyedLocks, stale: Callable[[str], bool]) -> int:
+    """Remove the parents that the driver made and that are empty, where `stale` agrees; return how many. Raises Unavailable, OSError."""
+    removed = 0
+    with store.open(PARENTS) as marks, store.open_root() as root:
+        # The deepest first: then those above them may be empty, too.
+        for directory, inode in sorted(_marks(marks), key=lambda mark: -mark[0].count("/")):
+            found = _look(root, directory)
+            if found is None or found[0] != inode:
+                _unmark(marks, directory)  # it has gone, or somebody has put another in its place
+            elif found[1] and stale(f"parent {directory}"):
+                with suppress(OperationPending), locks.hold(store, place_lock(directory)):
+                    removed += _remove(store, root, marks, directory)
+    return removed
+
+
+def _remove(store: PoolStore, root: int, marks: int, directory: str) -> int:
+    parent, _, name = directory.rpartition("/")
+    descriptor = files.open_beneath(root, parent, _DIRECTORY) if parent else os.dup(root)
+    try:
+        os.rmdir(name, dir_fd=descriptor)
+    except OSError:  # somebody uses it again, or may not be helped
+        return 0
+    finally:
+        os.close(descriptor)
+    _unmark(marks, directory)
+    _log.info("an empty parent of volumes was removed", extra={"pool": store.name, "directory": directory})
+    return 1
+
+
+def _look(root: int, directory: str) -> tuple[int, bool] | None:
+    """Return which inode a directory is, and whether it is empty; None where there is none."""
+    try:
+        descriptor = files.open_beneath(root, directory, _DIRECTORY)
+    except OSError:
+        return None
+    try:
+        with os.scandir(descriptor) as entries:
+            return btrfs.identity_of(descriptor), next(entries, None) is None
+    finally:
+        os.close(descriptor)
+
+
+def _marks(marks: int) -> Iterator[tuple[str, int]]:
+    for name in os.listdir(marks):
+        if not name.endswith(".json"):
+            continue
+        try:
+            body = json.loads(files.read_bounded(marks, name, _MARK_BYTES))
+            directory, inode = body["directory"], body["inode"]
+        except (OSError, ValueError, LookupError, TypeError):
+            continue
+        if isinstance(directory, str) and type(inode) is int and _name_of(directory) == name:
+            yield directory, inode
+
+
+def _unmark(marks: int, directory: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(_name_of(directory), dir_fd=marks)
+
+
+def _name_of(directory: str) -> str:
+    return hashlib.sha256(os.fsencode(directory)).hexdigest() + ".json"
