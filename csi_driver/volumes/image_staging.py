@@ -133,9 +133,12 @@ class ImageStaging:
 
     def _is_attached(self, known: NodeVolumeRecord, name: str) -> bool:
         image = self.place_of(known) / image_child.IMAGE
-        if known.form.access_type is AccessType.BLOCK:
-            return bool(name) and loop_devices.backing_file(name) == str(image)
-        return bool(name) and loop_devices.has_file(name, image)  # what is mounted from it keeps it from being another's
+        if not name or not loop_devices.has_file(name, image):
+            return False
+        # What is mounted from a device keeps it from being another's. Raw block's can be, and the kernel's name for its file is cut off
+        # when the container that attached it ends (an upgrade of the driver), so then the file itself is looked at.
+        mounted = known.form.access_type is AccessType.MOUNT
+        return mounted or loop_devices.backing_file(name) == str(image) or name in self._devices(known)
 
     def shows(self, known: NodeVolumeRecord, store: PoolStore, target: Path) -> bool:  # noqa: ARG002
         if known.form.access_type is AccessType.MOUNT:
@@ -218,7 +221,7 @@ class ImageStaging:
         self._filesystems.stop_check(known.handle)
         place = self.place_of(known)
         self._unmount(known, staging)
-        for name in {known.device, known.read_only_device, *self._unrecorded(known)} - {""}:
+        for name in {known.device, known.read_only_device, *self._devices(known)} - {""}:
             if not image_child.detach(place, name, _SECONDS):
                 raise Unavailable(
                     f"volume {quoted(known.handle)} is still in use on this node: {loop_devices.node_of(name)} is open somewhere (a pod's mount that "
@@ -228,8 +231,8 @@ class ImageStaging:
         mounts.unmount_all(place, UNMOUNT_SECONDS)
         place.rmdir() if place.exists() else None
 
-    def _unrecorded(self, known: NodeVolumeRecord) -> list[str]:
-        """Find the devices that were attached by a process that was killed before it could write that down."""
+    def _devices(self, known: NodeVolumeRecord) -> list[str]:
+        """Find the image's devices, also those attached by a process that was killed before it could write that down."""
         place = self.place_of(known)
         if topmost_mount_at(place) is None:
             return []
@@ -302,7 +305,7 @@ class ImageStaging:
         # The place is the sign that it is ours: in another mount namespace a device may have a file of the same name.
         if topmost_mount_at(self.place_of(known)) is None:
             return None
-        names = self._unrecorded(known)
+        names = self._devices(known)
         return replace(known, device=names[0] if names else "", read_only_device=names[-1] if names else "")
 
     def is_own(self, known: NodeVolumeRecord, target: Path) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from bench import make_bench, mount_capability
-from images import LEAST, MIB, block, devices_below, filesystem, make_image, take_down
+from images import LEAST, MIB, block, devices_below, devices_of, filesystem, make_image, take_down
 
 from csi_driver.config import HostPathPool
 from csi_driver.errors import (
@@ -21,7 +21,7 @@ from csi_driver.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from csi_driver.linux import mountinfo
+from csi_driver.linux import loop_devices, mountinfo
 from csi_driver.linux.mountinfo import topmost_mount_at
 from csi_driver.volumes.model import (
     AccessMode,
@@ -191,6 +191,32 @@ def test_a_filesystem_in_use_is_not_taken_away_behind_its_user(bench):
     bench.node.unstage(handle, staging)
     assert devices_below(bench.root) == []
     assert Path(bench.stage(handle, filesystem()), "file").read_text() == "late"
+
+
+def test_a_restarted_driver_finds_raw_blocks_whose_file_lost_its_name_with_the_mounts_of_the_one_before(bench):
+    volume, other = (make_image(bench, name, block()) for name in ("v", "other"))
+    handle = volume.record.handle
+    for one in (volume, other):
+        bench.stage(one.record.handle, block())
+    first = bench.publish(handle, "first", block())
+    first.write_bytes(b"kept")
+    # As when the old driver's container is gone, and with it the mount through which the device had its file.
+    for one in (volume, other):
+        image = image_of(bench, one)
+        (place,) = (
+            found.mount_point for found in mountinfo.mounts_below(bench.kubelet) if found.root.endswith(image.parent.name)
+        )
+        subprocess.run(["umount", "-l", place], check=True)
+        subprocess.run(["mount", "--bind", image.parent, place], check=True)
+        assert {loop_devices.backing_file(name) for name in devices_of(image)} == {"/image"}
+    again = bench.restarted()
+    assert again.publish(handle, "first", block()) == first
+    assert again.publish(handle, "second", block()).read_bytes()[:4] == b"kept"
+    # The other's device has the same name by now, and is not taken for this one's.
+    (foreign,) = devices_of(image_of(bench, other))
+    again.domain.state.volumes.replace(replace(again.domain.state.get(handle), device=foreign))
+    with pytest.raises(FailedPrecondition, match="is not staged"):
+        again.publish(handle, "third", block())
 
 
 def test_raw_block_in_use_is_not_staged_on_the_device_that_is_ending(bench):
