@@ -28,7 +28,17 @@ BAD = [
     "rsize=1m", "timeo=0", "timeo=-1", "timeo=00", "hard=1", "ro=yes", "HARD", "Vers=4.2", "", "=", "=4", "vers=4.2=4.1", "vers=4.2,addr=1.2.3.4",
     "hard addr=1.2.3.4", "hard\naddr=1.2.3.4", "fsc=../../etc", "fsc=", "-o", "--bind", "a" * 4096, "vers=" + "4" * 4096, "h\u0430rd", "hard\0", "vers=4.2\n",
 ]  # fmt: skip
-REDIRECTS = ["addr=10.0.0.9", "mountaddr=10.0.0.9", "mounthost=evil", "source=evil:/", "bind", "remount", "bg", "retry=10000", "sharecache"]
+REDIRECTS = [
+    "addr=10.0.0.9",
+    "mountaddr=10.0.0.9",
+    "mounthost=evil",
+    "source=evil:/",
+    "bind",
+    "remount",
+    "bg",
+    "retry=10000",
+    "sharecache",
+]
 
 
 def text(*words, **source):
