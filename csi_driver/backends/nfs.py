@@ -16,7 +16,7 @@ from csi_driver.backends.nfs_share import Share
 from csi_driver.config.settings import Budget, NfsPool
 from csi_driver.errors import Unavailable
 from csi_driver.linux import nfs_child, nfs_mounts
-from csi_driver.linux.nfs_options import bind_attributes, join_options, parse_nfs_options, share_options
+from csi_driver.linux.nfs_options import bind_attributes, join_options, parse_nfs_options, share_options, volume_options
 
 STAGE_SECONDS = 45.0
 PUBLISH_SECONDS = 30.0
@@ -155,7 +155,7 @@ class NfsBackend:
     def stage(self, directory: str, target: Path, flags: Sequence[str], *, read_only: bool) -> None:
         """Mount a volume's directory. Raises what nfs_mounts.mount_nfs raises."""
         only = parse_nfs_options(["ro"], _FLAGS) if read_only else ()
-        options = join_options(self._options, parse_nfs_options(flags, _FLAGS), only)
+        options = volume_options(self._options, parse_nfs_options(flags, _FLAGS), only)
         nfs_mounts.mount_nfs(self._source(directory), target, options, seconds=STAGE_SECONDS)
 
     def publish(self, staging: Path, target: Path, flags: Sequence[str], *, read_only: bool) -> None:

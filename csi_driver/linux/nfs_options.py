@@ -122,9 +122,10 @@ _REFUSED = {
     "retry": "a mount is tried once; whoever asked asks again",
     "remount": "a mount is never changed under its users",
     "bind": "an NFS mount is no bind mount",
+    "sharecache": "the kubelet would take each volume of a share for another place of the others, and let go of none of them",
 }
 _KINDS = {word: group[0] for group in _GROUPS for word in group} | {"nfsvers": "vers"}
-_WORDS = frozenset(word for group in _GROUPS for word in group)
+_WORDS = frozenset(word for group in _GROUPS for word in group) - set(_REFUSED)
 _KNOWN = sorted(_WORDS | set(_SETTINGS) | set(_POOLS_ALONE))
 
 
@@ -176,6 +177,16 @@ def share_options(pool: Iterable[NfsOption]) -> tuple[NfsOption, ...]:
     own += ["acregmin=1", "acregmax=1", "acdirmin=0", "acdirmax=0"]
     kept = [option for option in pool if option.name not in ("ro", "ac", "noac", "actimeo", "fsc", "nofsc")]
     return join_options(kept, parse_nfs_options(own, "share"))
+
+
+def volume_options(*sources: Iterable[NfsOption]) -> tuple[NfsOption, ...]:
+    """Return the options for a node's mount of one volume: those of the sources, joined, and a superblock of its own.
+
+    Mounts of one share have one superblock, and mountinfo shows `/` as the root of each of them, whatever its directory
+    (nfs_show_path() in fs/nfs/super.c). The kubelet compares device and root (SearchMountPoints() in k8s.io/mount-utils): it would
+    take each volume for another mount of the others, and wait with NodeUnstageVolume until the others are gone. They wait, too.
+    """
+    return join_options(*sources, (NfsOption("nosharecache", None, _KINDS["nosharecache"]),))
 
 
 def retry_once() -> NfsOption:

@@ -13,6 +13,7 @@ class Share:
 
     def __init__(self, node: GuestNode) -> None:
         self.node = node
+        self.nodes = nfs_nodes()
         self.address = node.spec.address
 
     def start(self) -> None:

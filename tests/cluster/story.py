@@ -113,7 +113,7 @@ class Story:
             return
         # In this order, or a workload makes its pods anew, and a snapshot is asked for when its source has gone.
         self.k.run("delete", "deployments,statefulsets", "--all", "--cascade=foreground")
-        for kind in ("pods", "volumesnapshots", "pvc"):
+        for kind in ("pods", "volumegroupsnapshots", "volumesnapshots", "pvc"):
             self.k.run("delete", kind, "--all", *(["--grace-period=1"] if kind == "pods" else []), timeout=120)
         # The namespace itself takes the controller ten seconds; nobody needs its name again soon.
         self.k.delete("namespace", self.namespace, wait=False)

@@ -14,6 +14,7 @@ from csi_driver.linux.nfs_options import (
     parse_nfs_options,
     render_options,
     share_options,
+    volume_options,
 )
 
 FIELD = "flags"
@@ -27,7 +28,17 @@ BAD = [
     "rsize=1m", "timeo=0", "timeo=-1", "timeo=00", "hard=1", "ro=yes", "HARD", "Vers=4.2", "", "=", "=4", "vers=4.2=4.1", "vers=4.2,addr=1.2.3.4",
     "hard addr=1.2.3.4", "hard\naddr=1.2.3.4", "fsc=../../etc", "fsc=", "-o", "--bind", "a" * 4096, "vers=" + "4" * 4096, "h\u0430rd", "hard\0", "vers=4.2\n",
 ]  # fmt: skip
-REDIRECTS = ["addr=10.0.0.9", "mountaddr=10.0.0.9", "mounthost=evil", "source=evil:/", "bind", "remount", "bg", "retry=10000"]
+REDIRECTS = [
+    "addr=10.0.0.9",
+    "mountaddr=10.0.0.9",
+    "mounthost=evil",
+    "source=evil:/",
+    "bind",
+    "remount",
+    "bg",
+    "retry=10000",
+    "sharecache",
+]
 
 
 def text(*words, **source):
@@ -107,6 +118,12 @@ def test_the_controllers_share_gives_up_and_sees_what_others_make_whatever_the_p
     assert {"softerr", "timeo=100", "retrans=2", "lookupcache=positive", "acdirmax=0", "nosuid", "nodev"} <= set(options)
     assert {"vers=4.2", "sec=krb5", "nconnect=4"} <= set(options)
     assert not {"hard", "ro", "noac", "actimeo=60", "lookupcache=all", "timeo=6000", "fsc"} & set(options)
+
+
+def test_each_volume_of_a_share_has_a_superblock_of_its_own_whatever_pool_and_class_say():
+    pool, flags = parse_nfs_options(["vers=4.2", "hard"], "pool"), parse_nfs_options(["soft", "nosharecache"], FIELD)
+    assert render_options(volume_options(pool, flags)) == "vers=4.2,soft,nosharecache"
+    assert render_options(volume_options((), ())) == "nosharecache"
 
 
 def test_a_bind_gets_what_of_the_flags_a_bind_can_have():

@@ -53,6 +53,20 @@ def test_what_one_node_writes_the_other_reads(cluster, pool):
     cluster.delete(volume)
 
 
+@pytest.mark.parametrize("pool", ["default", "v41", "v3"])
+def test_two_volumes_on_one_node_are_no_mounts_of_one_another_to_the_kubelet(cluster, pool):
+    """It compares device and root of all mounts before it unstages one, and NFS shows `/` as the root of every directory."""
+    uses = [cluster.use(cluster.create(f"beside-{number}-{pool}", pool=pool), 0) for number in (1, 2)]
+    for use in uses:
+        cluster.mount(use)
+    rows = [line.split() for line in shell(uses[0], "cat /proc/self/mountinfo").splitlines()]
+    staged = [(row[2], row[3]) for row in rows if row[4] in {str(use.staging) for use in uses}]
+    assert len(staged) == len(set(staged)) == 2
+    for use in uses:
+        cluster.unmount(use)
+        cluster.delete(use.volume)
+
+
 def test_a_readonlymany_volume_refuses_writes_in_the_kernel_on_every_node(cluster, volume):
     writer = cluster.use(volume, mode=RWX)
     cluster.mount(writer)
