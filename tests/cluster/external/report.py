@@ -23,6 +23,7 @@ WHY: tuple[tuple[str, str, str], ...] = (
     (r"volume type \"\w*\" is (not )?ephemeral", NOT_MEANT, "each pattern has its own of a pair of specs"),
     (r"Suite \"\w+\" does not support", NOT_MEANT, "the suite has no such volumes"),
     (r"does not support \w+ volumes? type", NOT_MEANT, "the suite has no such volumes"),
+    (r"Skipping CSIInlineVolume test for expansion", NOT_MEANT, "an inline volume has no claim that could grow"),
     (r"should be covered by block volume case", NOT_MEANT, "one of two volume modes is enough"),
     (r"non-filesystem volume mode|Block volumes do not support mount options|for [Bb]lock (mode|volumes? )", NOT_MEANT, "raw block has no files"),
     (r"raw block volumes cannot be read-only|not valid for Block volume mode", NOT_MEANT, "raw block has no files"),
