@@ -7,8 +7,8 @@ import sys
 from cluster import assembly, teardown
 from cluster.external import report
 from cluster.external.parts import backends, left_out, parts
+from cluster.external.places import nodes_for, open_to_all
 from cluster.external.run import QUICK, prepare, run
-from cluster.nodes import all_nodes
 
 
 def main() -> int:
@@ -29,8 +29,10 @@ def main() -> int:
     if mine:
         teardown.destroy()
         assembly.up()
-    prepare(all_nodes())
-    runs = {part.title: run(part, arguments.labels, arguments.focus, arguments.processes) for part in wanted}
+    nodes = nodes_for(arguments.backend)
+    prepare(nodes)
+    with open_to_all(nodes):
+        runs = {part.title: run(part, arguments.labels, arguments.focus, arguments.processes) for part in wanted}
     print("\n" + report.table(runs, [(left.specs, left.because) for left in left_out(arguments.backend)]))
     if mine:
         teardown.destroy()

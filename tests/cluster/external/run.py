@@ -51,7 +51,7 @@ def run(part: Part, labels: str, focus: str, processes: int) -> report.Run:
         f"--label-filter={labels}", f"--focus=External.Storage.*({part.focus}).*({focus})", *(f"--skip={one}" for one in skipped),
         f"--json-report={result.name}", f"--output-dir={OUTPUT}",
         str(BINARIES / "e2e.test"), "--",
-        f"--kubeconfig={KUBECONFIG}", "--provider=local", f"--repo-root={HERE}", f"-storage.testdriver={testdriver}",
+        f"--kubeconfig={KUBECONFIG}", "--provider=local", "--allowed-not-ready-nodes=-1", f"--repo-root={HERE}", f"-storage.testdriver={testdriver}",
     ]  # fmt: skip
     with step(f"the suite for {part.title}, said at length in {log}"), log.open("w") as stream, _watched(log):
         subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, check=False, cwd=OUTPUT)
