@@ -19,6 +19,7 @@ UNKNOWN = "NOT EXPLAINED"
 
 WHY: tuple[tuple[str, str, str], ...] = (
     (r"volume type .?\"?(InlineVolume|PreprovisionedPV)", NOT_MEANT, "volumes of drivers that are compiled into Kubernetes"),
+    (r"volume type \"CSIInlineVolume\"", NOT_OURS, "inline volumes are directories"),
     (r"skipping PreprovisionedPV pattern", NOT_MEANT, "volumes of drivers that are compiled into Kubernetes"),
     (r"volume type \"\w*\" is (not )?ephemeral", NOT_MEANT, "each pattern has its own of a pair of specs"),
     (r"Suite \"\w+\" does not support", NOT_MEANT, "the suite has no such volumes"),
@@ -37,7 +38,7 @@ WHY: tuple[tuple[str, str, str], ...] = (
     (r"support SELinuxMount", NOT_OURS, "mounts of one pool share a filesystem, and so a context"),
     (r"support (block|Block|raw block)|doesn't support Block", NOT_OURS, "raw block"),
     (r"support \"?ntfs|Distro .* support ntfs", NOT_MEANT, "Windows"),
-    (r"support \"?(ext[234]|xfs)|Distro does not support xfs", NOT_OURS, "a directory has the filesystem of its pool"),
+    (r"support \"?(ext[234]|xfs)|Distro does not support xfs", NOT_OURS, "a directory has the filesystem of its pool, an image ext4 or xfs"),
     (r"WaitForFirstConsumer binding mode", NOT_MEANT, "a spec for classes that bind at once"),
     (r"immediate is not compatible|ephemeral volumes with immediate binding", NOT_MEANT, "a spec for classes without topology"),
     (r"support filesystem resizing", NOT_HERE, "`df` shows a directory's size only where its pool has project quotas"),
