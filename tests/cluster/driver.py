@@ -50,6 +50,7 @@ def nfs_values(tag: str, server: str, path: str, changes: Mapping[str, Any] | No
     place = {"nodeSelector": {LABEL: VALUE}, "tolerations": [TAINT]}
     mine = {
         "pools": {"default": {"server": server, "path": path, "options": ["vers=4.2", "hard"], "inline": True}},
+        "maxVolumesPerNode": MAX_VOLUMES,
         # With a port the probes are HTTP: a process for each is dear in a guest.
         "node": {**place, "metricsPort": 9810},
         "controller": {**place, "metricsPort": 9811},

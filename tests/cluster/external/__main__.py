@@ -6,8 +6,9 @@ import sys
 
 from cluster import assembly, teardown
 from cluster.external import report
-from cluster.external.run import QUICK, Selection, backends, prepare, run
-from cluster.nodes import all_nodes
+from cluster.external.parts import backends, left_out, parts
+from cluster.external.places import nodes_for, open_to_all
+from cluster.external.run import QUICK, prepare, run
 
 
 def main() -> int:
@@ -15,8 +16,12 @@ def main() -> int:
     parser.add_argument("backend", nargs="?", default="hostpath", choices=backends())
     parser.add_argument("--labels", default=QUICK, help="ginkgo's label filter (%(default)s)")
     parser.add_argument("--focus", default="", help="a regular expression that the specs' names contain")
+    parser.add_argument("--part", default="", help="one of the backend's parts (all)")
     parser.add_argument("--processes", type=int, default=3, help="specs at once (%(default)s)")
     arguments = parser.parse_args()
+    wanted = [part for part in parts(arguments.backend) if arguments.part in ("", part.name)]
+    if not wanted:
+        parser.error(f"--part {arguments.part}: the parts are {', '.join(part.name for part in parts(arguments.backend))}")
     if os.geteuid() != 0:
         print("namespaces, mounts and a bridge are made: run as root", file=sys.stderr)
         return 1
@@ -24,12 +29,14 @@ def main() -> int:
     if mine:
         teardown.destroy()
         assembly.up()
-    prepare(all_nodes())
-    result = run(Selection(arguments.backend, arguments.labels, arguments.focus), arguments.processes)
-    print(f"\n{report.table(arguments.backend, result)}")
+    nodes = nodes_for(arguments.backend)
+    prepare(nodes)
+    with open_to_all(nodes):
+        runs = {part.title: run(part, arguments.labels, arguments.focus, arguments.processes) for part in wanted}
+    print("\n" + report.table(runs, [(left.specs, left.because) for left in left_out(arguments.backend)]))
     if mine:
         teardown.destroy()
-    return 0 if result.is_good else 1
+    return 0 if all(result.is_good for result in runs.values()) else 1
 
 
 if __name__ == "__main__":

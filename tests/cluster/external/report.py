@@ -7,7 +7,7 @@ latter are skips here. A message that `WHY` does not know is an error of the run
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ UNKNOWN = "NOT EXPLAINED"
 
 WHY: tuple[tuple[str, str, str], ...] = (
     (r"volume type .?\"?(InlineVolume|PreprovisionedPV)", NOT_MEANT, "volumes of drivers that are compiled into Kubernetes"),
+    (r"volume type \"CSIInlineVolume\"", NOT_OURS, "inline volumes are directories"),
     (r"skipping PreprovisionedPV pattern", NOT_MEANT, "volumes of drivers that are compiled into Kubernetes"),
     (r"volume type \"\w*\" is (not )?ephemeral", NOT_MEANT, "each pattern has its own of a pair of specs"),
     (r"Suite \"\w+\" does not support", NOT_MEANT, "the suite has no such volumes"),
     (r"does not support \w+ volumes? type", NOT_MEANT, "the suite has no such volumes"),
+    (r"Skipping CSIInlineVolume test for expansion", NOT_MEANT, "an inline volume has no claim that could grow"),
     (r"should be covered by block volume case", NOT_MEANT, "one of two volume modes is enough"),
     (r"non-filesystem volume mode|Block volumes do not support mount options|for [Bb]lock (mode|volumes? )", NOT_MEANT, "raw block has no files"),
     (r"raw block volumes cannot be read-only|not valid for Block volume mode", NOT_MEANT, "raw block has no files"),
@@ -35,11 +37,26 @@ WHY: tuple[tuple[str, str, str], ...] = (
     (r"support snapshot metadata", NOT_OURS, "there is no changed block tracking"),
     (r"support SELinuxMount", NOT_OURS, "mounts of one pool share a filesystem, and so a context"),
     (r"support (block|Block|raw block)|doesn't support Block", NOT_OURS, "raw block"),
-    (r"does(n't| not) support \"?(ext[234]|xfs|ntfs)|Distro .* support", NOT_OURS, "a directory has the filesystem of its pool"),
+    (r"support \"?ntfs|Distro .* support ntfs", NOT_MEANT, "Windows"),
+    (r"support \"?(ext[234]|xfs)|Distro does not support xfs", NOT_OURS, "a directory has the filesystem of its pool, an image ext4 or xfs"),
     (r"WaitForFirstConsumer binding mode", NOT_MEANT, "a spec for classes that bind at once"),
     (r"immediate is not compatible|ephemeral volumes with immediate binding", NOT_MEANT, "a spec for classes without topology"),
+    (r"support filesystem resizing", NOT_HERE, "`df` shows a directory's size only where its pool has project quotas"),
     (r"requires to deploy on a specific node|Number of available nodes", NOT_HERE, "more nodes than this cluster has"),
 )  # fmt: skip
+
+
+NEEDS_IMAGES = "any volume data source"
+LEFT_OUT: tuple[tuple[str, str, str], ...] = (
+    (NEEDS_IMAGES, NOT_HERE, "a volume populator that is published as an image only"),
+    (
+        r"\[Disruptive\]",
+        NOT_HERE,
+        "they stop the kubelet over ssh, as a service of systemd; the nodes of this cluster have neither",
+    ),
+    (r"\[Slow\]", "not asked for", "--labels '!Disruptive' runs the slow ones, too"),
+)
+"""Why specs are not selected at all, by their names, which have the labels in them."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +71,10 @@ class Spec:
 
 @dataclass(frozen=True)
 class Run:
-    """A whole run: the specs that were selected, seconds of wall time, and why ginkgo gave up where it did."""
+    """A whole run: the specs that were selected and those that were not, seconds of wall time, and why ginkgo gave up where it did."""
 
     specs: tuple[Spec, ...]
+    left_out: tuple[Spec, ...]
     seconds: float
     broken: tuple[str, ...]
 
@@ -83,10 +101,12 @@ class Run:
 def read(report: Path) -> Run:
     """Read ginkgo's JSON report. Raises ValueError or OSError where there is none."""
     suites: list[dict[str, Any]] = json.loads(report.read_text())
-    specs = tuple(_spec(one) for suite in suites for one in suite["SpecReports"] or () if _was_selected(one))
+    reports = [one for suite in suites for one in suite["SpecReports"] or ()]
+    specs = tuple(_spec(one) for one in reports if _was_selected(one))
+    left_out = tuple(_spec(one) for one in reports if _is_storage(one) and not _was_selected(one))
     seconds = sum(suite["RunTime"] for suite in suites) / 1e9
     broken = tuple(reason for suite in suites for reason in suite.get("SpecialSuiteFailureReasons") or ())
-    return Run(specs, seconds, broken)
+    return Run(specs, left_out, seconds, broken)
 
 
 def why(message: str) -> tuple[str, str]:
@@ -97,27 +117,54 @@ def why(message: str) -> tuple[str, str]:
     return UNKNOWN, message
 
 
-def table(backend: str, run: Run) -> str:
-    """Return what is printed at the end of a run."""
-    passed, skipped = len(run.those("passed")), len(run.those("skipped"))
-    lines = [
-        f"{'backend':18} {'selected':>8} {'run':>6} {'passed':>6} {'failed':>6} {'skipped':>7} {'minutes':>7}",
-        f"{backend:18} {len(run.specs):8} {len(run.specs) - skipped:6} {passed:6} {len(run.failed):6} {skipped:7} {run.seconds / 60:7.1f}",
-    ]
-    lines += [f"\nfailed: {spec.name}\n  {_first_line(spec.message)}" for spec in run.failed]
-    lines += [f"\nthe suite: {reason}" for reason in run.broken]
-    return "\n".join([*lines, "", *_skips(run.those("skipped"))])
+def table(runs: Mapping[str, Run], left_out: Iterable[tuple[str, str]] = ()) -> str:
+    """Return what is printed at the end: a line for each run, failures, and why specs were skipped or not selected.
+
+    `left_out`: regular expressions for names of specs that a backend cannot run here, each with the reason.
+    """
+    lines = [f"{'':28} {'selected':>8} {'run':>6} {'passed':>6} {'failed':>6} {'skipped':>7} {'minutes':>7}"]
+    lines += [_row(name, [run]) for name, run in runs.items()]
+    if len(runs) > 1:
+        lines.append(_row("all", list(runs.values())))
+    for name, run in runs.items():
+        lines += [f"\n{name} failed: {spec.name}\n  {_first_line(spec.message)}" for spec in run.failed]
+        lines += [f"\n{name}, the suite: {reason}" for reason in run.broken]
+    skips = [why(spec.message) for run in runs.values() for spec in run.those("skipped")]
+    selected = {spec.name for run in runs.values() for spec in run.specs}
+    never = {spec.name for run in runs.values() for spec in run.left_out} - selected
+    known = [*((pattern, NOT_HERE, reason) for pattern, reason in left_out), *LEFT_OUT]
+    reasons = [found for name in never for found in _why_left_out(name, known)]
+    return "\n".join([*lines, "", *_grouped("skipped", skips), *_grouped("not selected", reasons)])
 
 
-def _skips(specs: Iterable[Spec]) -> list[str]:
-    counted = Counter(why(spec.message) for spec in specs)
+def _row(name: str, runs: Sequence[Run]) -> str:
+    counts = [sum(len(found) for found in each) for each in (
+        (run.specs for run in runs),
+        (run.those("passed") + run.failed for run in runs),
+        (run.those("passed") for run in runs),
+        (run.failed for run in runs),
+        (run.those("skipped") for run in runs),
+    )]  # fmt: skip
+    selected, ran, passed, failed, skipped = counts
+    return f"{name:28} {selected:8} {ran:6} {passed:6} {failed:6} {skipped:7} {sum(run.seconds for run in runs) / 60:7.1f}"
+
+
+def _why_left_out(name: str, known: Iterable[tuple[str, str, str]]) -> list[tuple[str, str]]:
+    return [(kind, reason) for pattern, kind, reason in known if re.search(pattern, name)][:1]
+
+
+def _grouped(title: str, reasons: Iterable[tuple[str, str]]) -> list[str]:
+    counted = Counter(reasons)
     lines = []
-    for kind in (UNKNOWN, NOT_HERE, NOT_OURS, NOT_MEANT):
-        reasons = {reason: count for (found, reason), count in counted.items() if found == kind}
-        if reasons:
-            lines.append(f"skipped, {kind}: {sum(reasons.values())}")
-            lines += [f"  {count:4}  {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1])]
+    for kind in sorted({kind for kind, _ in counted}, key=lambda kind: (kind != UNKNOWN, kind)):
+        counts = {reason: count for (found, reason), count in counted.items() if found == kind}
+        lines.append(f"{title}, {kind}: {sum(counts.values())}")
+        lines += [f"  {count:4}  {reason}" for reason, count in sorted(counts.items(), key=lambda item: -item[1])]
     return lines
+
+
+def _is_storage(spec: dict[str, Any]) -> bool:
+    return spec["LeafNodeType"] == "It" and "External Storage" in (spec["ContainerHierarchyTexts"] or [""])[0]
 
 
 def _was_selected(spec: dict[str, Any]) -> bool:

@@ -3,87 +3,76 @@
 All that it says goes to files below .cache/cluster/external: a skipped spec alone prints thousands of characters.
 """
 
+import json
 import re
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from cluster import binaries, images
 from cluster.external import report
+from cluster.external.parts import HERE, Part, left_out
 from cluster.layout import BINARIES, CACHE, KUBECONFIG
 from cluster.nodes import Node
 from cluster.progress import say, step
 
-HERE = Path(__file__).resolve().parent
 OUTPUT = CACHE / "external"
 IMAGES = ("agnhost", "busybox", "glibc-dns-testing", "nginx", "pause")
 """What the storage specs' pods are made of, by the last part of the images' names. Only agnhost has to be what it is called: of busybox,
 nginx and the one with glibc they want a shell, the usual small programs, and a dd that knows `oflag=nocache`."""
 QUICK = "!Slow && !Disruptive"
-DISRUPTIVE = "Disruptive"
-"""They stop the kubelet over ssh, as a service of systemd: the nodes of this cluster have neither."""
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which specs: a backend's, those with these labels, those whose name has this expression in it."""
-
-    backend: str
-    labels: str = QUICK
-    focus: str = ""
-
-    @property
-    def testdriver(self) -> Path:
-        """What the suite is told about the backend."""
-        return HERE / f"{self.backend}.yaml"
-
-
-def backends() -> list[str]:
-    """List the backends that the suite can be run for."""
-    return sorted(file.stem for file in HERE.glob("*.yaml"))
 
 
 def prepare(nodes: Sequence[Node]) -> None:
     """Build the suite and give the nodes its images under the names it asks for."""
     binaries.build_suite()
     with step("the suite's images onto the nodes"):
-        for name in _wanted_images():
-            archive = _image(name)
+        for kind, names in _wanted_images().items():
+            archive = _image(kind, names[0])
             for node in nodes:
                 node.import_image(archive)
+                for name in names[1:]:
+                    node.tag_image(names[0], name)
 
 
-def run(selection: Selection, processes: int) -> report.Run:
-    """Run the specs and return what they came to. Raises RuntimeError where the suite made no report."""
+def run(part: Part, labels: str, focus: str, processes: int) -> report.Run:
+    """Run a part's specs that have these labels and names, and return what they came to. Raises RuntimeError where it made no report."""
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    result, log = OUTPUT / f"{selection.backend}.json", OUTPUT / f"{selection.backend}.log"
+    name = part.title.replace(" ", "-")
+    testdriver, result, log = (OUTPUT / f"{name}{suffix}" for suffix in (".testdriver.json", ".json", ".log"))
+    testdriver.write_text(json.dumps(part.testdriver))
     result.unlink(missing_ok=True)
+    skipped = [report.NEEDS_IMAGES, *(left.specs for left in left_out(part.backend)), *([part.skip] if part.skip else [])]
     command = [
         str(BINARIES / "ginkgo"), f"--procs={processes}", "--timeout=3h", "--poll-progress-after=0", "--no-color", "--silence-skips",
-        f"--label-filter={selection.labels}", f"--focus=External.Storage.*{selection.focus}",
+        # Several expressions are alternatives to ginkgo, so what has to be true at once is one of them.
+        f"--label-filter={labels}", f"--focus=External.Storage.*({part.focus}).*({focus})", *(f"--skip={one}" for one in skipped),
         f"--json-report={result.name}", f"--output-dir={OUTPUT}",
         str(BINARIES / "e2e.test"), "--",
-        f"--kubeconfig={KUBECONFIG}", "--provider=local", f"--repo-root={HERE}", f"-storage.testdriver={selection.testdriver}",
+        f"--kubeconfig={KUBECONFIG}", "--provider=local", "--allowed-not-ready-nodes=-1", f"--repo-root={HERE}", f"-storage.testdriver={testdriver}",
     ]  # fmt: skip
-    with step(f"the suite for {selection.backend}, said at length in {log}"), log.open("w") as stream, _watched(log):
+    with step(f"the suite for {part.title}, said at length in {log}"), log.open("w") as stream, _watched(log):
         subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, check=False, cwd=OUTPUT)
     if not result.exists():
         raise RuntimeError("the suite did not get far:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-30:]))
     return report.read(result)
 
 
-def _wanted_images() -> list[str]:
+def _wanted_images() -> dict[str, list[str]]:
+    """Return the names that the suite has for each kind of image: several, for it also has specs about older ones."""
     listed = subprocess.run(
         [str(BINARIES / "e2e.test"), "--list-images"], capture_output=True, text=True, check=True
     ).stdout.split()
-    return [name for name in listed if name.rpartition("/")[2].partition(":")[0] in IMAGES]
+    kinds = {kind: [name for name in listed if name.rpartition("/")[2].partition(":")[0] == kind] for kind in IMAGES}
+    if missing := [kind for kind, names in kinds.items() if not names]:
+        raise RuntimeError(f"the suite of this version asks for no image called {' or '.join(missing)}")
+    return kinds
 
 
-def _image(name: str) -> Path:
-    match name.rpartition("/")[2].partition(":")[0]:
+def _image(kind: str, name: str) -> Path:
+    match kind:
         case "agnhost":
             return images.toolbox(name, {"agnhost": BINARIES / "agnhost"}, ["/agnhost"])
         case "pause":
@@ -104,7 +93,7 @@ def _watched(log: Path) -> Iterator[None]:
             text = log.read_text(errors="replace")
             total = re.search(r"Will run (\d+) of", text)
             ended, failed = text.count("•"), len(re.findall(r"^• \[(?:FAILED|PANICKED|TIMEDOUT)\]", text, re.MULTILINE))
-            say(f"  {ended} specs ended of {total[1] if total else '?'} (with those that skip), {failed} failed")
+            say(f"  {ended} specs ended of {total[1] if total else '?'}, less those that skip; {failed} failed")
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
