@@ -47,7 +47,7 @@ from csi_driver.volumes.pools import SNAPSHOT_DATA, STAGING, PoolStore, exists_a
 from csi_driver.volumes.trash import volumes_being_deleted
 
 _NEW_VOLUME_MODE = 0o755
-_PARENT_MODE = 0o755
+_PARENT_MODE = 0o711  # to go through, as an NFS client whose root is squashed must, and not to see whose volumes are there
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
