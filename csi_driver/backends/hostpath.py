@@ -87,9 +87,9 @@ class HostPathBackend:
         """Do nothing: nothing is held."""
 
     def prepare(self) -> None:
-        """Make the pool's directory where there is none. Raises Unavailable."""
+        """Make the pool's directory where there is none, for root alone: pods come in by mounts. Raises Unavailable."""
         try:
-            self.root().mkdir(mode=0o755, parents=True, exist_ok=True)
+            self.root().mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise Unavailable(f"pool {self.name}: {self.root()} cannot be made a directory: {error.strerror}") from error
 

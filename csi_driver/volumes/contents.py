@@ -16,6 +16,7 @@ from typing import Self
 from csi_driver.errors import (
     FailedPrecondition,
     InvalidArgument,
+    LockLost,
     NotFound,
     OperationPending,
     OutOfRange,
@@ -26,6 +27,7 @@ from csi_driver.linux import btrfs, files
 from csi_driver.linux.system_calls import InodeReader
 from csi_driver.linux.trees import apply_owner_and_mode
 from csi_driver.volumes.captures import Captures, Hold, HoldNothing
+from csi_driver.volumes.fencing import Fence
 from csi_driver.volumes.images import AT_ONCE, forget_holder, image_size, in_use, look_at_image, make_image, resize_image
 from csi_driver.volumes.jobs import JobControl
 from csi_driver.volumes.locks import KeyedLocks
@@ -45,7 +47,7 @@ from csi_driver.volumes.pools import SNAPSHOT_DATA, STAGING, PoolStore, exists_a
 from csi_driver.volumes.trash import volumes_being_deleted
 
 _NEW_VOLUME_MODE = 0o755
-_PARENT_MODE = 0o755
+_PARENT_MODE = 0o711  # to go through, as an NFS client whose root is squashed must, and not to see whose volumes are there
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -73,6 +75,7 @@ class Contents:
     def __init__(self, locks: KeyedLocks, captures: Captures) -> None:
         self._locks = locks
         self._captures = captures
+        self._volume_fence, self._snapshot_fence = Fence(locks, "volume"), Fence(locks, "snapshot")
         # Parents of templated directories that were seen to be no volume: a parent stays none for as long as it exists.
         self._known_parents: set[tuple[str, str, int, tuple[int, int]]] = set()
 
@@ -84,7 +87,7 @@ class Contents:
             name = _staging_name(record.id, record.token)
             self._captures.make_empty(store, staging, name, hold)
             if record.form.layout is Layout.IMAGE:
-                with _Descriptor(os.open(name, _DIRECTORY, dir_fd=staging)) as top:
+                with _open_staged(staging, name) as top:
                     make_image(top.fd, record.form, record.capacity_bytes, record.ownership)
                 self._dress(staging, name, Ownership())
                 return
@@ -108,7 +111,7 @@ class Contents:
         content is missing, or an image that a node has and that this pool cannot capture at once, OutOfRange for one that is larger,
         JobCancelled, OSError (ENOSPC, EIO).
         """
-        store.trash_staging(record_id)
+        store.trash_staging(record_id)  # of earlier attempts; one that is still at work lost its lock, and ends when it asks
         name = _staging_name(record_id, token)
         with _open_source(source) as origin, store.open(STAGING) as staging:
             job.begin("copying", source.bytes)
@@ -127,9 +130,9 @@ class Contents:
             raise in_use(store.name)
         report = self._captures.capture(store, origin, staging, name, from_volume, job, HoldNothing())
         if report.method not in AT_ONCE and (before.held or look_at_image(origin) != before):
-            store.trash_staging(name.partition(".")[0])
+            store.trash_staging(*name.split(".", 1))
             raise in_use(store.name)
-        with _Descriptor(os.open(name, _DIRECTORY, dir_fd=staging)) as top:
+        with _open_staged(staging, name) as top:
             forget_holder(top.fd)
             size = image_size(top.fd)
             if size_bytes and size > size_bytes:  # it has grown since the size was chosen
@@ -145,7 +148,7 @@ class Contents:
         if record.form.layout is not Layout.IMAGE:
             return None
         name = _staging_name(record.id, record.token)
-        with store.open(STAGING) as staging, _Descriptor(os.open(name, _DIRECTORY, dir_fd=staging)) as top:
+        with store.open(STAGING) as staging, _open_staged(staging, name) as top:
             return image_size(top.fd)
 
     @contextmanager
@@ -155,7 +158,7 @@ class Contents:
             yield content.fd
 
     def _dress(self, staging: int, name: str, ownership: Ownership) -> None:
-        with _Descriptor(os.open(name, _DIRECTORY, dir_fd=staging)) as top:
+        with _open_staged(staging, name) as top:
             apply_owner_and_mode(top.fd, ownership.uid, ownership.gid, ownership.mode)
 
     def resize(self, store: PoolStore, record: VolumeRecord) -> None:
@@ -164,9 +167,9 @@ class Contents:
             with store.open_volume(record.directory) as top:
                 resize_image(top, record.capacity_bytes)
 
-    def discard(self, store: PoolStore, record_id: str) -> None:
-        """Throw away what is being built for `record_id`."""
-        store.trash_staging(record_id)
+    def discard(self, store: PoolStore, record_id: str, token: str = "") -> None:
+        """Throw away what is being built for `record_id`, by the attempt with this token or by all."""
+        store.trash_staging(record_id, token)
 
     # --- move into place ----------------------------------------------------------------------------------------------------------
 
@@ -195,7 +198,7 @@ class Contents:
             with store.open_parent(record.directory) as (parent, name), store.open(STAGING) as staging:
                 staged = _staging_name(record.id, record.token)
                 claimed_before = self._check_free(store, record, parent, name)
-                with _Descriptor(os.open(staged, _DIRECTORY, dir_fd=staging)) as content:
+                with _open_staged(staging, staged) as content:
                     inode = btrfs.identity_of(content.fd)
                     # The claim is on disk before the directory: after a crash, an empty directory of that name is known to be ours.
                     record = claim(replace(record, claimed=True, content_inode=inode))
@@ -208,6 +211,7 @@ class Contents:
                     except FileExistsError:
                         store.volumes.replace(replace(record, claimed=False, content_inode=None))
                         raise _exists(store, record.directory) from None
+                self._volume_fence.require(store, store.volumes, record)
                 try:
                     files.move_into_place(staging, staged, parent, name)
                 except OSError as error:
@@ -221,15 +225,19 @@ class Contents:
 
     def make_ready(self, store: PoolStore, record: VolumeRecord) -> VolumeRecord:
         """Say that a volume whose content is in its place is ready, once that is on disk. Returns the record as it now is."""
+        self._volume_fence.require(store, store.volumes, record)
         with store.open_parent(record.directory) as (parent, _), store.open(STAGING) as staging:
             return store.volumes.replace(replace(record, phase=Phase.READY), _synced(parent, staging))
 
-    def place_snapshot(self, store: PoolStore, record_id: str, token: str) -> None:
-        """Move built content to the snapshot's place."""
-        name = _staging_name(record_id, token)
+    def place_snapshot(self, store: PoolStore, record: SnapshotRecord) -> None:
+        """Write the record of what was built, and move it to the snapshot's place. Raises LockLost."""
+        record_id, name = record.id, _staging_name(record.id, record.token)
+        self._snapshot_fence.require(store, store.snapshots, record)
+        store.snapshots.replace(record)
         with store.open(STAGING) as staging, store.open(SNAPSHOT_DATA) as data:
-            with _Descriptor(os.open(name, _DIRECTORY, dir_fd=staging)) as content:
+            with _open_staged(staging, name) as content:
                 os.fsync(content.fd)
+            self._snapshot_fence.require(store, store.snapshots, record)
             os.rename(name, record_id, src_dir_fd=staging, dst_dir_fd=data)
             files.sync_directory(data)
             files.sync_directory(staging)
@@ -366,6 +374,16 @@ def _synced(*directories: int) -> Iterator[None]:
     for directory in directories:
         files.sync_directory(directory)
     yield
+
+
+def _open_staged(staging: int, name: str) -> _Descriptor:
+    """Open what this attempt has built. Raises LockLost where it has been thrown away."""
+    try:
+        return _Descriptor(os.open(name, _DIRECTORY, dir_fd=staging))
+    except FileNotFoundError as error:
+        raise LockLost(
+            f"what was being made as {name} was thrown away: another controller has taken it over; try again"
+        ) from error
 
 
 def _open_source(source: Source) -> _Descriptor:

@@ -174,6 +174,7 @@ class Groups:
             except BaseException as error:  # noqa: BLE001 - raised again
                 take_back(error, lambda: self._give_up(store, record), what)
             with may_be_left(what):
+                self._locks.require(store, f"group:{record.id}")
                 return store.groups.replace(replace(record, phase=Phase.READY, consistency=consistency))
 
     def _begin(self, store: PoolStore, group_id: str, name: str, sources: tuple[str, ...]) -> GroupRecord:
@@ -206,6 +207,8 @@ class Groups:
                 if member is None:
                     _, source = self._sources.volume(source_handle)
                     member = self._snapshots.begin(store, member_id, f"{record.name}/{source_handle}", source, record.handle)
+                elif member.phase is Phase.CREATING and not self._snapshots.is_cut(store, member):
+                    member = self._snapshots.take_over(store, member)
                 begun.append(member)
             for member in begun:
                 if not self._snapshots.is_cut(store, member):  # all at hand before the first is cut, and in vain if one is not
@@ -215,14 +218,19 @@ class Groups:
             placed = [self._snapshots.place(store, member) for member in cut]
             # Not one is shown before all are cut; after a crash from here on, the retry finds each in place and goes on.
             for member in placed:
-                store.snapshots.replace(replace(member, phase=Phase.READY))
+                if member.phase is Phase.CREATING:
+                    self._snapshots.make_ready(store, member)
         each = {member.consistency for member in placed}
         return POINT_IN_TIME_EACH if each == {POINT_IN_TIME} else FILE_BY_FILE
 
     def _give_up(self, store: PoolStore, record: GroupRecord) -> bool:
-        """Take a group back that never became ready, and tell that nothing is left. The caller holds the group and its members."""
-        for member_id in _member_ids(record):
-            self._snapshots.give_up(store, member_id)
+        """Take a group back that never became ready, and tell whether nothing is left. The caller holds the group and its members."""
+        current = store.groups.get(record.id)
+        if not self._locks.is_held(store, f"group:{record.id}") or (current is not None and current.phase is Phase.READY):
+            return False  # another has taken it over
+        taken_back = [self._snapshots.give_up(store, member_id) for member_id in _member_ids(record)]
+        if not all(taken_back):
+            return False
         store.groups.remove(record.id)
         return True
 

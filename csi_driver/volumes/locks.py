@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from csi_driver.errors import OperationPending
+from csi_driver.errors import LockLost, OperationPending
 from csi_driver.linux.byte_range_locks import HeldLock
 
 _EXCLUSIVE = -1
@@ -37,11 +37,12 @@ class KeyedLocks:
     def __init__(self) -> None:
         self._guard = threading.Lock()
         self._holders: dict[tuple[str, str], int] = {}
+        self._alone: dict[tuple[str, str], HeldLock] = {}
         self._turns: dict[tuple[str, str], threading.Lock] = {}
 
     @contextmanager
-    def hold(self, store: LockedStore, key: str, *, shared: bool = False) -> Iterator[None]:
-        """Hold `key` in `store` until the context ends.
+    def hold(self, store: LockedStore, key: str, *, shared: bool = False) -> Iterator[HeldLock]:
+        """Hold `key` in `store` until the context ends. What it yields can tell whether the server took the lock away meanwhile.
 
         Raises OperationPending (ABORTED, CSI spec "Concurrency") at once when this or another controller holds it.
         """
@@ -57,14 +58,27 @@ class KeyedLocks:
             if held is None:
                 raise _pending(store, key)
             with held:
-                yield
+                if not shared:
+                    self._alone[place] = held
+                yield held
         finally:
             with self._guard:
+                self._alone.pop(place, None)
                 left = self._holders[place] - 1 if shared else 0
                 if left:
                     self._holders[place] = left
                 else:
                     del self._holders[place]
+
+    def is_held(self, store: LockedStore, key: str) -> bool:
+        """Tell whether this process holds `key`, not shared, and the server has not taken it away."""
+        held = self._alone.get((store.name, key))
+        return held is not None and held.still_held()
+
+    def require(self, store: LockedStore, key: str) -> None:
+        """Go on only while `is_held`. Raises LockLost: what was protected may be another's by now."""
+        if not self.is_held(store, key):
+            raise LockLost(f"the lock of {key} in pool {store.name} was lost, its server was away for too long; try again")
 
     @contextmanager
     def queue(self, store: LockedStore, key: str, seconds: float) -> Iterator[None]:

@@ -49,7 +49,7 @@ class NodeVolumes:
         """Return the way that volumes of this form go."""
         return self.images if form.layout is Layout.IMAGE else self._directories
 
-    def lock(self, handle: str) -> AbstractContextManager[None]:
+    def lock(self, handle: str) -> AbstractContextManager[object]:
         return self._locks.hold(self.state, f"volume {quoted(handle)}")
 
     def is_staged(self, known: NodeVolumeRecord, place: Placement) -> bool:

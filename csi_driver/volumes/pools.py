@@ -288,11 +288,11 @@ class PoolStore:
             except OSError:  # a subvolume, before Linux 4.18
                 self._discard(staging, name, record_id)
 
-    def trash_staging(self, record_id: str) -> None:
-        """Move what earlier attempts at `record_id` left in staging into the trash."""
+    def trash_staging(self, record_id: str, token: str = "") -> None:
+        """Move what attempts at `record_id` left in staging into the trash: the one with this token, or, without, all."""
         with self.open(STAGING) as staging:
             for name in os.listdir(staging):
-                if name.startswith(record_id + "."):
+                if name.startswith(f"{record_id}.{token}"):
                     if self.backend.data_is_here:
                         lift_limit(staging, name)
                     self._discard(staging, name, record_id)

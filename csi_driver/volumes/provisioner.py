@@ -21,6 +21,7 @@ from csi_driver.errors import (
 )
 from csi_driver.volumes import access
 from csi_driver.volumes.contents import Contents
+from csi_driver.volumes.fencing import Fence
 from csi_driver.volumes.finality import may_be_left, take_back
 from csi_driver.volumes.handles import VOLUME
 from csi_driver.volumes.jobs import JobControl, Jobs
@@ -77,6 +78,7 @@ class Provisioner:
         self._limits = limits
         self._guard = threading.Lock()
         self._names: set[str] = set()
+        self._fence = Fence(locks, "volume")
 
     # --- create -------------------------------------------------------------------------------------------------------------------
 
@@ -149,6 +151,8 @@ class Provisioner:
             if record is None:
                 self._removal.complete(store, record_id)
                 record = self._begin(store, record_id, request)
+            elif record.phase is Phase.CREATING and not self._contents.is_in_place(store, record):
+                record = self._fence.take_over(store, store.volumes, record)
             if record.phase is Phase.CREATING:
                 record = self._complete(store, record, job)
             return self.show(store, record)
@@ -237,11 +241,16 @@ class Provisioner:
                 self._contents.make_empty(store, record, holding)
             else:
                 record = self._fill(store, record, job, holding)
-            record = self._contents.place_volume(store, replace(record, limit=holding.limit), add or store.volumes.replace)
+            claim = add or (lambda record: self._replace_own(store, record))
+            record = self._contents.place_volume(store, replace(record, limit=holding.limit), claim)
         except BaseException as error:  # noqa: BLE001 - raised again
             take_back(error, lambda: self._give_up(store, record), what)
         with may_be_left(what):
             return self._contents.make_ready(store, record)
+
+    def _replace_own(self, store: PoolStore, record: VolumeRecord) -> VolumeRecord:
+        self._fence.require(store, store.volumes, record)
+        return store.volumes.replace(record)
 
     def _fill(
         self, store: PoolStore, record: VolumeRecord, job: JobControl | None, holding: Holding | ImageHolding
@@ -257,6 +266,9 @@ class Provisioner:
 
     def _give_up(self, store: PoolStore, record: VolumeRecord) -> bool:
         """Take back what was made of a volume, and tell whether nothing is left."""
+        if not self._locks.is_held(store, f"volume:{record.id}"):
+            self._contents.discard(store, record.id, record.token)
+            return False  # the rest may be another's by now
         current = store.volumes.get(record.id)
         if current is not None and current.token != record.token:
             current = None  # another's, who was first
@@ -265,7 +277,7 @@ class Provisioner:
         if _is_made_at_once(record):
             store.drop_empty_staging(record.id, record.token)
         else:
-            self._contents.discard(store, record.id)
+            self._contents.discard(store, record.id, record.token)
         if current is not None:
             self._contents.release_claim(store, current)
             store.volumes.remove(record.id)

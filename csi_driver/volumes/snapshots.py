@@ -10,6 +10,7 @@ from dataclasses import replace
 from csi_driver.errors import AlreadyExists, InvalidArgument, NotFound, RecordDamaged, ResourceExhausted, quoted
 from csi_driver.volumes.captures import HoldToSource, consistency_of
 from csi_driver.volumes.contents import Contents
+from csi_driver.volumes.fencing import Fence
 from csi_driver.volumes.finality import may_be_left, take_back
 from csi_driver.volumes.handles import SNAPSHOT, parse_handle
 from csi_driver.volumes.jobs import JobControl, Jobs
@@ -53,6 +54,7 @@ class Snapshots:
         self._sources = sources
         self._removal = removal
         self._verifier = verifier
+        self._fence = Fence(locks, "snapshot")
 
     # --- create -------------------------------------------------------------------------------------------------------------------
 
@@ -99,15 +101,17 @@ class Snapshots:
             if record is None:
                 _, source = self._sources.volume(request.source_handle)
                 record = self.begin(store, record_id, request.name, source, None)
+            elif record.phase is Phase.CREATING and not self.is_cut(store, record):
+                record = self.take_over(store, record)
             if record.phase is Phase.CREATING:
                 try:
                     record = self.place(store, self.cut(store, record, job))
                     if request.digests:
                         record = self._verifier.digest(store, record, job)
                 except BaseException as error:  # noqa: BLE001 - raised again
-                    take_back(error, lambda: self.give_up(store, record_id), f"snapshot {record.handle}")
+                    take_back(error, lambda: self.give_up(store, record_id, record.token), f"snapshot {record.handle}")
             with may_be_left(f"snapshot {record.handle}"):
-                return show(store, store.snapshots.replace(replace(record, phase=Phase.READY)))
+                return show(store, self.make_ready(store, record))
 
     # --- the steps, which group snapshots share -------------------------------------------------------------------------------------
 
@@ -135,6 +139,10 @@ class Snapshots:
         if not added:
             raise AlreadyExists(f"snapshot {quoted(name)} is being made by another controller")
         return record
+
+    def take_over(self, store: PoolStore, record: SnapshotRecord) -> SnapshotRecord:
+        """Go on with a snapshot that was begun before. The caller holds its lock."""
+        return self._fence.take_over(store, store.snapshots, record)
 
     def is_cut(self, store: PoolStore, record: SnapshotRecord) -> bool:
         """Tell whether the content of a snapshot is in its place: it gets there complete or not at all."""
@@ -169,13 +177,26 @@ class Snapshots:
         if self._contents.has_snapshot(store, record.id):
             self._contents.seal_snapshot(store, record.id)
             return record
-        record = store.snapshots.replace(record)
-        self._contents.place_snapshot(store, record.id, record.token)
+        self._contents.place_snapshot(store, record)
         return record
 
-    def give_up(self, store: PoolStore, record_id: str) -> bool:
-        """Take back a snapshot that never became ready, and tell that nothing is left. The caller holds the snapshot's lock."""
-        self._contents.discard(store, record_id)
+    def make_ready(self, store: PoolStore, record: SnapshotRecord) -> SnapshotRecord:
+        """Say that a snapshot that is in its place is ready. Returns the record as it now is. Raises LockLost."""
+        self._fence.require(store, store.snapshots, record)
+        return store.snapshots.replace(replace(record, phase=Phase.READY))
+
+    def give_up(self, store: PoolStore, record_id: str, token: str = "") -> bool:
+        """Take back a snapshot that never became ready, and tell whether nothing is left.
+
+        Only who holds the snapshot's lock may; `token` is that of the attempt, where its caller knows it.
+        """
+        current = store.snapshots.get(record_id)
+        anothers = token and current is not None and (current.phase is Phase.READY or current.token != token)
+        if anothers or not self._locks.is_held(store, f"snapshot:{record_id}"):
+            if token:
+                self._contents.discard(store, record_id, token)
+            return False
+        self._contents.discard(store, record_id, token)
         store.discard_snapshot_data(record_id)
         store.snapshots.remove(record_id)
         return True

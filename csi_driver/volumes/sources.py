@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from csi_driver.errors import NotFound, quoted
+from csi_driver.errors import LockLost, NotFound, quoted
 from csi_driver.volumes.contents import Source, content_key
 from csi_driver.volumes.limits import Limits
 from csi_driver.volumes.locks import KeyedLocks
@@ -33,15 +33,24 @@ class Sources:
     def hold(self, source: ContentSource) -> Iterator[Source]:
         """Hold a source for reading, so that it cannot be deleted until the context ends, and say where its content lies.
 
-        Raises NotFound, OperationPending while it is being deleted, ResourceExhausted where it lies on another node.
+        Raises NotFound, OperationPending while it is being deleted, ResourceExhausted where it lies on another node; at its end LockLost
+        where somebody may have deleted it meanwhile, so that what was read is not to be trusted.
         """
         store, record = self._find(source)
-        with self._locks.hold(store, content_key(record.id), shared=True):
+        with self._locks.hold(store, content_key(record.id), shared=True) as held:
             _, record = self._find(source)  # it may have gone, and its directory be another's, before it was held
             directory = record.directory if isinstance(record, VolumeRecord) else ""
             known = record.capture.bytes if isinstance(record, SnapshotRecord) and record.capture else None
             origin = record.source_handle if isinstance(record, SnapshotRecord) else record.handle
             yield Source(store, source.kind, record.id, directory, known, record.form, origin)
+            if not held.still_held() or self._has_gone(source, record.token):
+                raise LockLost(f"the lock of {source.kind} {source.handle} was lost while it was read; try again")
+
+    def _has_gone(self, source: ContentSource, token: str) -> bool:
+        try:
+            return self._find(source)[1].token != token
+        except NotFound:
+            return True
 
     def volume(self, handle: str) -> tuple[PoolStore, VolumeRecord]:
         """Find a volume to take a snapshot of. Raises NotFound, FailedPrecondition where it is another node's."""

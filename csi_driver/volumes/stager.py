@@ -156,7 +156,7 @@ class Stager:
             source=mounted.source,
         )
 
-    def _hold_content(self, handle: str) -> AbstractContextManager[None]:
+    def _hold_content(self, handle: str) -> AbstractContextManager[object]:
         """Keep a deletion away from the look at the record until it can see the mount. Raises OperationPending while one is at work.
 
         Not where a server is between: from there a node has no locks, and the controller deletes nothing that it has published.

@@ -90,6 +90,7 @@ class Pool:
             "manifests",
             "staging",
             "trash",
+            "parents",
             "format.json",
             "lock",
             "promises",

@@ -207,7 +207,7 @@ def all_turns_taken(bench: Bench, pool: str = "default") -> Iterator[None]:
     turns = bench.domain.services.snapshots._contents._captures._turns
     with ExitStack() as taken:
         for number in range(COPIES_AT_ONCE):
-            taken.enter_context(turns.take(pool, JobControl(f"before-{number}")))
+            taken.enter_context(turns.take(pool, f"volume-{number}", JobControl(f"before-{number}")))
         yield
 
 

@@ -209,3 +209,13 @@ def test_a_pool_that_is_not_there_blocks_only_what_is_asked_of_it(bench, pools, 
         bench.create("here", pool="default")
     for pool in (pools[0], pools[2]):
         (bench.root / f"{pool.name} unplugged").rename(pool.path)
+
+
+def test_a_pool_that_the_driver_makes_is_roots_alone_and_one_that_it_finds_stays_as_it_is(tmp_path):
+    (tmp_path / "found").mkdir(mode=0o755)
+    (tmp_path / "found").chmod(0o755)
+    made = make_bench(tmp_path, (HostPathPool("default", tmp_path / "made"), HostPathPool("found", tmp_path / "found")))
+    assert (tmp_path / "made").stat().st_mode & 0o7777 == 0o700
+    assert (tmp_path / "found").stat().st_mode & 0o7777 == 0o755
+    volume = made.create("v", directory="team/app")
+    assert made.path(volume).parent.stat().st_mode & 0o7777 == 0o711

@@ -402,7 +402,7 @@ def test_owner_group_and_mode_are_what_the_class_says_whatever_the_umask(bench, 
 def test_a_template_gives_the_volume_its_directory_and_makes_those_above(bench):
     volume = bench.create("v", directory="team/app/data")
     assert bench.path(volume) == bench.pool().backend.root() / "team/app/data"
-    assert (bench.path(volume).parent.stat().st_mode & 0o7777) == 0o755
+    assert (bench.path(volume).parent.stat().st_mode & 0o7777) == 0o711
     sibling = bench.create("w", directory="team/app/more")
     assert bench.path(sibling).is_dir()
     assert bench.create("v", directory="team/app/data") == volume

@@ -85,9 +85,9 @@ def test_a_tenant_who_takes_the_project_of_another_volume_for_his_top_directory_
 
 
 def test_what_is_in_the_trash_retained_or_somebody_elses_keeps_its_project_id(held, monkeypatch):
-    drawn = itertools.chain([7], [7, 8, 9], [9, 8, 7])
-    monkeypatch.setattr(project_limits.secrets, "randbelow", lambda most: next(drawn))  # as if it always met those
     deleted = held.create("deleted").record.limit.mark
+    drawn = iter([deleted, deleted + 1, deleted + 2, deleted + 2, deleted + 1, deleted])
+    monkeypatch.setattr(project_limits.secrets, "randbelow", lambda most: next(drawn) - FIRST)  # as if it always met those
     descriptor = opened(held.disk)
     quota.set_limits(descriptor, deleted + 1, 1 << 20, 0)  # another program's, which has nothing yet
     held.bench.volumes.delete(held.bench.pool().handle_of(held.bench.pool().id_of("volume", "deleted")))

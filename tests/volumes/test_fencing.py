@@ -1,0 +1,145 @@
+"""Two controllers that both believe that a lock is theirs: the pool's server was away, and has given it to the second meanwhile.
+
+Taken away here by replacing the pool's lock file, so that the two ask for different ones.
+"""
+
+import threading
+
+import pytest
+from bench import MIB
+from trees import fill, seen
+
+from csi_driver.errors import LockLost, NotFound, OperationPending, Unavailable
+
+
+def lose_all_locks(bench):
+    (bench.pool().backend.root() / ".csi/lock").unlink()
+
+
+class Slow:
+    """A call that stands still before a step of its own domain, and is let go on later."""
+
+    def __init__(self, monkeypatch, place, step, call):
+        self._here, self._go_on, self.outcome = threading.Event(), threading.Event(), None
+        done = getattr(place, step)
+
+        def wait(*arguments, **keywords):
+            self._here.set()
+            assert self._go_on.wait(30)
+            return done(*arguments, **keywords)
+
+        monkeypatch.setattr(place, step, wait)
+        self._thread = threading.Thread(target=self._run, args=(call,))
+        self._thread.start()
+        assert self._here.wait(30)
+
+    def _run(self, call):
+        try:
+            self.outcome = call()
+        except Exception as error:
+            self.outcome = error
+
+    def go_on(self):
+        self._go_on.set()
+        self._thread.join(30)
+        return self.outcome
+
+
+@pytest.fixture
+def source(bench):
+    volume = bench.create("source")
+    fill(bench.path(volume))
+    return volume
+
+
+@pytest.mark.parametrize("step", ["place_volume", "make_ready"])
+def test_a_clone_whose_lock_was_lost_changes_nothing_of_what_another_has_made(bench, source, monkeypatch, step):
+    slow = Slow(monkeypatch, bench.volumes._contents, step, lambda: bench.clone("new", source))
+    lose_all_locks(bench)
+    other = bench.restarted()
+    made = other.clone("new", source)
+    (other.path(made) / "tenant's").write_text("later")
+    assert isinstance(slow.go_on(), OperationPending | Unavailable)
+    assert other.volumes.get(made.record.handle) == made
+    assert seen(other.path(made)).keys() == seen(other.path(source)).keys() | {"tenant's"}
+    other.sweep()
+    assert other.leftovers() == []
+    assert bench.clone("new", source) == made
+
+
+def test_a_clone_whose_lock_was_lost_leaves_what_another_is_making_alone(bench, source, monkeypatch):
+    first = Slow(monkeypatch, bench.volumes._contents, "place_volume", lambda: bench.clone("new", source))
+    lose_all_locks(bench)
+    other = bench.restarted()
+    second = Slow(monkeypatch, other.volumes._contents, "place_volume", lambda: other.clone("new", source))
+    assert isinstance(first.go_on(), LockLost)
+    made = second.go_on()
+    assert seen(other.path(made)) == seen(other.path(source))
+    other.sweep()
+    assert other.leftovers() == []
+
+
+def test_a_clone_whose_lock_was_lost_to_nobody_is_made_by_the_retry(bench, source, monkeypatch):
+    with monkeypatch.context() as patched:
+        slow = Slow(patched, bench.volumes._contents, "place_volume", lambda: bench.clone("new", source))
+        lose_all_locks(bench)
+        assert isinstance(slow.go_on(), LockLost)
+    made = bench.clone("new", source)
+    assert seen(bench.path(made)) == seen(bench.path(source))
+    bench.sweep()
+    assert bench.leftovers() == []
+
+
+def test_a_failed_clone_whose_lock_was_lost_takes_nothing_back_that_is_anothers(bench, source, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(bench.volumes._contents, "place_volume", fail)
+    slow = Slow(monkeypatch, bench.volumes, "_give_up", lambda: bench.clone("new", source))
+    lose_all_locks(bench)
+    other = bench.restarted()
+    made = other.clone("new", source)
+    assert isinstance(slow.go_on(), Exception)
+    assert other.volumes.get(made.record.handle) == made
+    assert seen(other.path(made)) == seen(other.path(source))
+
+
+@pytest.mark.parametrize("step", ["place_snapshot", "seal_snapshot"])
+def test_a_snapshot_whose_lock_was_lost_changes_nothing_of_what_another_has_cut(bench, source, monkeypatch, step):
+    slow = Slow(monkeypatch, bench.snapshots._contents, step, lambda: bench.snapshot("s", source))
+    lose_all_locks(bench)
+    other = bench.restarted()
+    made = other.snapshot("s", source)
+    assert isinstance(slow.go_on(), OperationPending)
+    assert other.snapshots.get(made.record.handle) == made
+    other.sweep()
+    assert other.leftovers() == []
+    assert seen(other.path(other.restore("restored", made, 2 * MIB))) == seen(other.path(source))
+
+
+def test_a_restore_whose_snapshot_was_deleted_behind_its_back_is_not_made(bench, source, monkeypatch):
+    snapshot = bench.snapshot("s", source)
+    slow = Slow(monkeypatch, bench.volumes._contents, "copy", lambda: bench.restore("new", snapshot, 2 * MIB))
+    lose_all_locks(bench)
+    other = bench.restarted()
+    other.snapshots.delete(snapshot.record.handle)
+    assert isinstance(slow.go_on(), Exception)
+    with pytest.raises(NotFound):
+        bench.volumes.get(bench.pool().handle_of(bench.pool().id_of("volume", "new")))
+
+
+def test_a_restore_whose_source_was_given_away_while_it_was_read_is_not_made(bench, source, monkeypatch):
+    """All that it read was there, but nobody can know."""
+    snapshot = bench.snapshot("s", source)
+    copied = bench.volumes._contents.copy
+
+    def copy(*arguments, **keywords):
+        report = copied(*arguments, **keywords)
+        lose_all_locks(bench)
+        return report
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.volumes._contents, "copy", copy)
+        with pytest.raises(LockLost, match="was lost while it was read"):
+            bench.restore("new", snapshot, 2 * MIB)
+    assert bench.restore("new", snapshot, 2 * MIB)
