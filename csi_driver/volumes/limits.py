@@ -140,7 +140,7 @@ class Limits:
             return
         limiter, mark = held
         with store.open_volume(record.directory) as top:
-            if not _is_here(record, top):
+            if store.backend.data_is_here and not _is_here(record, top):
                 return  # it is held anew, to what the record says then (`renew`)
             try:
                 limiter.change(top, mark, size_bytes, record.inodes or 0)
@@ -251,10 +251,15 @@ class Limits:
             return
         limiter, mark = held
         try:
-            with store.open_volume(record.directory) as top:
-                if _is_here(record, top):
-                    limiter.release(top, mark)
-        except (NotFound, OSError) as error:
+            try:
+                with store.open_volume(record.directory) as top:
+                    if _is_here(record, top):
+                        limiter.release(top, mark)
+            except NotFound:  # somebody removed it by hand; its mark is known to be ours on its own filesystem only
+                with store.open_root() as root:
+                    if record.limit is not None and record.limit.filesystem == filesystem_id(root):
+                        limiter.release(root, mark)
+        except OSError as error:
             _log.warning("a limit cannot be lifted", extra={"pool": store.name, "volume": record.handle, "error": str(error)})
 
     def stats(self, store: PoolStore, record: VolumeRecord) -> VolumeStats | None:
