@@ -21,6 +21,7 @@ from csi_driver.volumes.health import Health
 from csi_driver.volumes.image_staging import ImageStaging, boot_id
 from csi_driver.volumes.inline import InlineVolumes
 from csi_driver.volumes.jobs import Jobs
+from csi_driver.volumes.lapses import Lapses
 from csi_driver.volumes.limits import Limits
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import NodeInfo, Topology
@@ -139,14 +140,14 @@ def assemble(installation: Installation) -> Domain:
     pools = Pools(stores, installation.default_pool)
     locks, jobs, limits, turns = KeyedLocks(), Jobs(), Limits(), Turns()
     node_jobs = Jobs()  # their own: however many copies wait, what a pod waits for on this node is not refused
-    promises = Promises(locks)
+    promises, lapses = Promises(locks), Lapses(limits)
     contents, sources = Contents(locks, Captures(turns)), Sources(pools, locks, limits)
     volume_removal, snapshot_removal = VolumeRemoval(locks, contents, limits), SnapshotRemoval(locks)
     verifier = Verifier(locks, contents, sources, turns)
     provisioner = Provisioner(pools, locks, jobs, contents, sources, volume_removal, verifier, promises, limits)
     snapshots = Snapshots(pools, locks, jobs, contents, sources, snapshot_removal, verifier)
     groups = Groups(pools, locks, jobs, snapshots, sources, snapshot_removal)
-    health = Health(pools, promises, limits)
+    health = Health(pools, promises, lapses)
     state = NodeState(installation.state_directory, installation.driver)
     placements = Placements(pools, installation.node_id)
     images = ImageStaging(pools, state, node_jobs, installation.node_id, boot_id())
@@ -175,5 +176,5 @@ def assemble(installation: Installation) -> Domain:
     # A node alone does not sweep what lies behind a server: there the controller does.
     swept = {name: store for name, store in stores.items() if controller or not store.backend.remote}
     orphans = Orphans(node_volumes, installation.kubelet_dir, publisher.remove_inline_leftovers) if installation.node else None
-    sweeper = Sweeper(Pools(swept, None), locks, volume_removal, snapshot_removal, groups, limits, trash_filled, orphans)
+    sweeper = Sweeper(Pools(swept, None), locks, volume_removal, snapshot_removal, groups, lapses, trash_filled, orphans)
     return Domain(services, pools, jobs, node_jobs, sweeper, state, provisioner, verifier, promises)

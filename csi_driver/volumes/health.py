@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from csi_driver.errors import NotFound, RecordDamaged, TatamiError, Unavailable, quoted
 from csi_driver.volumes.images import look_at_image
-from csi_driver.volumes.limits import Limits
+from csi_driver.volumes.lapses import Lapses
 from csi_driver.volumes.model import HealthEntry, HealthLevel, Layout, Page, Phase, VolumeHealth, VolumeRecord
 from csi_driver.volumes.paging import take_page
 from csi_driver.volumes.pools import Pools, PoolStore
@@ -16,10 +16,10 @@ _FULL_PERCENT = 98
 class Health:
     """The HealthService (services.py)."""
 
-    def __init__(self, pools: Pools, promises: Promises, limits: Limits) -> None:
+    def __init__(self, pools: Pools, promises: Promises, lapses: Lapses) -> None:
         self._pools = pools
         self._promises = promises
-        self._limits = limits
+        self._lapses = lapses
 
     # --- volumes ------------------------------------------------------------------------------------------------------------------
 
@@ -38,7 +38,7 @@ class Health:
             return VolumeHealth(handle, (_damaged(damage), *unreachable))
         if record is None or record.phase is not Phase.READY:
             raise NotFound(f"volume {quoted(handle)} does not exist")
-        return VolumeHealth(handle, (*volume_problems(store, record, self._limits), *unreachable))
+        return VolumeHealth(handle, (*volume_problems(store, record, self._lapses), *unreachable))
 
     def list(self, page: Page) -> tuple[Sequence[VolumeHealth], str]:
         """Return one page of the volumes that are not well, and the token of the next."""
@@ -54,7 +54,7 @@ class Health:
                     continue
                 if record is None or record.phase is not Phase.READY or record.ephemeral:
                     continue
-                if entries := (*volume_problems(store, record, self._limits), *common):
+                if entries := (*volume_problems(store, record, self._lapses), *common):
                     yield record_id, VolumeHealth(handle, entries)
 
         entries, token = take_page(self._pools, page, lambda store: store.volumes.ids(), read, lambda entry: entry[0])
@@ -67,7 +67,7 @@ class Health:
         return [
             entry
             for store in self._pools
-            for entry in (*pool_problems(store), *promise_problems(self._promises, self._limits, store))
+            for entry in (*pool_problems(store), *promise_problems(self._promises, self._lapses, store))
         ]
 
     def ready(self) -> str | None:
@@ -84,13 +84,13 @@ class Health:
         return None
 
 
-def volume_problems(store: PoolStore, record: VolumeRecord, limits: Limits) -> list[HealthEntry]:
+def volume_problems(store: PoolStore, record: VolumeRecord, lapses: Lapses) -> list[HealthEntry]:
     """Look at the volume's directory."""
     try:
         with store.open_volume(record.directory) as top:
             if record.form.layout is Layout.IMAGE:
                 look_at_image(top)
-        lapse = limits.lapse(store, record)
+        lapse = lapses.lapse(store, record)
         return [HealthEntry(HealthLevel.DEGRADED, "LimitOff", lapse)] if lapse else []
     except FileNotFoundError:
         message = f"the image of volume {record.handle} is missing from {record.directory} of pool {store.name}"
@@ -138,13 +138,13 @@ def pool_problems(store: PoolStore) -> list[HealthEntry]:
     return problems
 
 
-def promise_problems(promises: Promises, limits: Limits, store: PoolStore) -> list[HealthEntry]:
+def promise_problems(promises: Promises, lapses: Lapses, store: PoolStore) -> list[HealthEntry]:
     """Look at what a pool of this machine has promised, and by what it keeps that."""
     if not store.backend.data_is_here:
         return []  # every node asks: all of them would list a server's records again and again
     try:
         room = promises.room(store)
-        off = room.limiters - {limits.kind_now(store)} if room.limiters else frozenset()
+        off = room.limiters - {lapses.kind_now(store)} if room.limiters else frozenset()
     except (TatamiError, OSError):
         return []  # that it cannot be reached is said already
     problems = []

@@ -3,15 +3,12 @@
 What a pool can is found out by trying (limiters.py), when it is first asked for and again when quotas are switched on or off.
 """
 
-import errno
 import logging
 import threading
-from dataclasses import replace
 
 from csi_driver.errors import FailedPrecondition, NotFound, OutOfRange, ResourceExhausted
-from csi_driver.linux import btrfs
 from csi_driver.linux.filesystem_ids import filesystem_id
-from csi_driver.volumes.limiters import HARD, LIMITERS, NONE, SWITCHED_OFF, Limiter, Means, Stop, find_means, switched_on
+from csi_driver.volumes.limiters import HARD, LIMITERS, NONE, SWITCHED_OFF, Limiter, Means, find_means, switched_on
 from csi_driver.volumes.model import (
     ClassParameters,
     Form,
@@ -19,7 +16,6 @@ from csi_driver.volumes.model import (
     Limit,
     LimiterKind,
     LimitPolicy,
-    Phase,
     Usage,
     UsageSource,
     VolumeRecord,
@@ -27,8 +23,8 @@ from csi_driver.volumes.model import (
 )
 from csi_driver.volumes.pools import STAGING, PoolStore
 
-_NO_SUBVOLUME = "what lies there is no btrfs subvolume"
-_FILES_UNLIMITED = "; the number of files is not limited"
+NO_SUBVOLUME = "what lies there is no btrfs subvolume"
+FILES_UNLIMITED = "; the number of files is not limited"
 _IMAGE_INODES = "an image limits bytes, not the number of files, and the class says `inodes` and `limit: required`"
 _log = logging.getLogger(__name__)
 
@@ -37,7 +33,7 @@ class ImageHolding:
     """An image is held by its own size: nothing has to be set."""
 
     def __init__(self, record: VolumeRecord) -> None:
-        self.limit = Limit(LimiterKind.IMAGE, HARD + (_FILES_UNLIMITED if record.inodes else ""))
+        self.limit = Limit(LimiterKind.IMAGE, HARD + (FILES_UNLIMITED if record.inodes else ""))
 
     def begin(self, top: int) -> None:
         """Do nothing."""
@@ -64,12 +60,12 @@ class Holding:
             return
         mark = limiter.hold(top, record.capacity_bytes, record.inodes or 0)
         if mark is None:
-            nothing = Means(None, f"{NONE}: {_NO_SUBVOLUME}")
+            nothing = Means(None, f"{NONE}: {NO_SUBVOLUME}")
             _insist(record.pool, nothing, record.limit_policy, record.inodes)
             self.limit = Limit(LimiterKind.NONE, nothing.level)
             return
         if record.inodes and not limiter.counts_inodes:
-            level += _FILES_UNLIMITED
+            level += FILES_UNLIMITED
         self.limit = Limit(limiter.kind, level, mark, filesystem_id(top))
 
     def finish(self, top: int) -> None:
@@ -92,7 +88,6 @@ class Limits:
     def __init__(self) -> None:
         self._guard = threading.Lock()
         self._known: dict[str, Means] = {}
-        self._renewed: dict[str, LimiterKind | None] = {}
 
     # --- before there is a volume -------------------------------------------------------------------------------------------------
 
@@ -135,12 +130,12 @@ class Limits:
 
     def change(self, store: PoolStore, record: VolumeRecord, size_bytes: int) -> None:
         """Let a volume have `size_bytes`, if it is held. Raises FailedPrecondition where its quota was switched off, NotFound."""
-        held = _held(record)
+        held = held_by(record)
         if held is None:
             return
         limiter, mark = held
         with store.open_volume(record.directory) as top:
-            if not _is_here(record, top):
+            if store.backend.data_is_here and not is_here(record, top):
                 return  # it is held anew, to what the record says then (`renew`)
             try:
                 limiter.change(top, mark, size_bytes, record.inodes or 0)
@@ -162,110 +157,33 @@ class Limits:
         stats = self.stats(store, record)
         return None if stats is None or stats.bytes.used is None else max(record.capacity_bytes, stats.bytes.used)
 
-    def lapse(self, store: PoolStore, record: VolumeRecord) -> str | None:
-        """Say why a volume is not held to its size, although it was made so; None where it is, or nobody may ask.
-
-        Raises NotFound, Unavailable, OSError.
-        """
-        held = _held(record)
-        if held is None or not store.backend.data_is_here:
-            return None if held is not None else _broken_promise(record)
-        limiter, mark = held
-        with store.open_volume(record.directory) as top:
-            if not _is_here(record, top):
-                return (
-                    f"volume {record.handle} was held to its size by {limiter.kind} on another filesystem than the one that it lies on now; the "
-                    "controller holds it again by itself, if quotas are on here"
-                )
-            try:
-                is_held = limiter.limited_to(top, mark) is not None
-                lost = not is_held and switched_on(top) is limiter
-            except OSError as error:
-                if error.errno != errno.EPERM and error.errno not in SWITCHED_OFF:
-                    raise
-                is_held, lost = error.errno == errno.EPERM, False  # EPERM: nobody may ask
-        if is_held:
-            return None
-        if lost:
-            return (
-                f"volume {record.handle} lost its limit when quotas were switched off; the controller sets it again by itself"
-            )
-        return (
-            f"quotas are off in pool {store.name}: {limiter.kind} holds volume {record.handle} no longer; switch them on again"
-        )
-
-    def kind_now(self, store: PoolStore) -> LimiterKind | None:
-        """Ask the kernel by what a pool's volumes can be held now; None: by nothing. Raises Unavailable, OSError."""
-        if not store.backend.data_is_here:
-            return None
-        with store.open(STAGING) as staging:
-            limiter = switched_on(staging)
-        return None if limiter is None else limiter.kind
-
-    def lost(self, store: PoolStore) -> list[str]:
-        """List, by id, the volumes whose limits were lost when quotas were switched off and on again: btrfs forgets them.
-
-        All go at once, so while quotas are on as before one volume is asked for all. Raises Unavailable, OSError.
-        """
-        now, before = self.kind_now(store), self._renewed.get(store.name)
-        self._renewed[store.name] = now
-        if now is None:
-            return []
-        held = (record for record in store.volumes.readable() if record.phase is Phase.READY and _held(record) is not None)
-        first = next(held, None)
-        if first is None or (now is before and not self._has_lost(store, first)):
-            return []
-        return [record.id for record in (first, *held) if self._has_lost(store, record)]
-
-    def _has_lost(self, store: PoolStore, record: VolumeRecord) -> bool:
-        try:
-            return self.lapse(store, record) is not None
-        except (NotFound, OSError):  # a missing directory is health's to tell
-            return False
-
-    def renew(self, store: PoolStore, record: VolumeRecord, should_stop: Stop) -> VolumeRecord:
-        """Hold a volume again that lost its limit, or came from another filesystem; return its record as it then has to be.
-
-        The caller holds the volume. Raises FailedPrecondition (switched off), NotFound, WalkStopped, OSError.
-        """
-        with store.open_volume(record.directory) as top, store.open(STAGING) as staging:
-            if _is_here(record, top):
-                self.change(store, record, record.capacity_bytes)
-                return record
-            means, inodes, mark = self.means_of(store), record.inodes or 0, None
-            if means.limiter is not None:
-                mark = means.limiter.hold_again(staging, top, record.capacity_bytes, inodes, should_stop)
-                level = means.level if means.limiter.counts_inodes or not inodes else means.level + _FILES_UNLIMITED
-            if means.limiter is None or mark is None:
-                reason = means.level.removeprefix(f"{NONE}: ") if means.limiter is None else _NO_SUBVOLUME
-                return replace(
-                    record, limit=Limit(LimiterKind.NONE, f"{NONE}: the volume came from another filesystem; {reason}")
-                )
-            limit = Limit(means.limiter.kind, level, mark, filesystem_id(top))
-            return replace(record, limit=limit, content_inode=btrfs.identity_of(top))
-
     def release(self, store: PoolStore, record: VolumeRecord) -> None:
         """Let go of what holds a volume, before its data is removed. A limit that cannot be lifted keeps nobody from deleting."""
-        held = _held(record)
+        held = held_by(record)
         if held is None:
             return
         limiter, mark = held
         try:
-            with store.open_volume(record.directory) as top:
-                if _is_here(record, top):
-                    limiter.release(top, mark)
-        except (NotFound, OSError) as error:
+            try:
+                with store.open_volume(record.directory) as top:
+                    if is_here(record, top):
+                        limiter.release(top, mark)
+            except NotFound:  # somebody removed it by hand; its mark is known to be ours on its own filesystem only
+                with store.open_root() as root:
+                    if record.limit is not None and record.limit.filesystem == filesystem_id(root):
+                        limiter.release(root, mark)
+        except OSError as error:
             _log.warning("a limit cannot be lifted", extra={"pool": store.name, "volume": record.handle, "error": str(error)})
 
     def stats(self, store: PoolStore, record: VolumeRecord) -> VolumeStats | None:
         """Return a volume's usage as its quota counts it; None where none does, or not rightly. Raises NotFound, Unavailable."""
-        held = _held(record)
+        held = held_by(record)
         if held is None or not store.backend.data_is_here:
             return None
         limiter, mark = held
         with store.open_volume(record.directory) as top:
             try:
-                used = limiter.usage(top, mark) if _is_here(record, top) else None
+                used = limiter.usage(top, mark) if is_here(record, top) else None
             except OSError as error:
                 if error.errno not in SWITCHED_OFF:
                     raise
@@ -286,25 +204,19 @@ def _bounded(used: int, limit: int | None, available: int) -> Usage:
     return Usage(used, limit, min(available, max(0, limit - used)))
 
 
-def _held(record: VolumeRecord) -> tuple[Limiter, int] | None:
+def held_by(record: VolumeRecord) -> tuple[Limiter, int] | None:
+    """Return what a volume was held by when it was made, or was held anew, and its mark; None where nothing held it."""
     if record.limit is None or record.limit.mark is None:
         return None
     return LIMITERS[record.limit.limiter], record.limit.mark
 
 
-def _is_here(record: VolumeRecord, top: int) -> bool:
+def is_here(record: VolumeRecord, top: int) -> bool:
     """Tell whether what holds a volume is on the filesystem that it lies on: else the mark is another's, whom we must not touch."""
-    held = _held(record)
+    held = held_by(record)
     assert held is not None
     assert record.limit is not None
     return held[0].has(top, held[1], record.limit.filesystem, record.content_inode)
-
-
-def _broken_promise(record: VolumeRecord) -> str | None:
-    limit = record.limit
-    if record.limit_policy is not LimitPolicy.REQUIRED or limit is None or limit.limiter is not LimiterKind.NONE:
-        return None  # none was promised, or an image holds itself
-    return f"volume {record.handle} is not held to its size ({limit.level}), and its class says `limit: required`"
 
 
 def _lack(pool: str, means: Means, inodes: int | None) -> str | None:

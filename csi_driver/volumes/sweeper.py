@@ -17,7 +17,7 @@ from csi_driver.errors import OperationPending, TatamiError
 from csi_driver.linux import files
 from csi_driver.volumes.groups import Groups
 from csi_driver.volumes.handles import GROUP, ID_PATTERN, VOLUME
-from csi_driver.volumes.limits import Limits
+from csi_driver.volumes.lapses import Lapses
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import GroupRecord, Phase, SnapshotRecord, VolumeRecord
 from csi_driver.volumes.orphans import Orphans
@@ -58,7 +58,7 @@ class Sweeper:
         volumes: VolumeRemoval,
         snapshots: SnapshotRemoval,
         groups: Groups,
-        limits: Limits,
+        lapses: Lapses,
         trash_filled: threading.Event,
         orphans: Orphans | None = None,
     ) -> None:
@@ -67,7 +67,7 @@ class Sweeper:
         self._volumes = volumes
         self._snapshots = snapshots
         self._groups = groups
-        self._limits = limits
+        self._lapses = lapses
         self._orphans = orphans
         self._wake = trash_filled
         self._stop = threading.Event()
@@ -215,11 +215,11 @@ class Sweeper:
 
     def _renew_limits(self, store: PoolStore, report: SweepReport) -> None:
         """Hold volumes again whose limits went when quotas were switched off, or that came with their pool from another disk."""
-        for record_id in self._limits.lost(store):
+        for record_id in self._lapses.lost(store):
             with self._one(store, report), self._hold(store, record_id):
                 current = store.volumes.get(record_id)
                 if current is not None and current.phase is Phase.READY:
-                    renewed = self._limits.renew(store, current, self._stop.is_set)
+                    renewed = self._lapses.renew(store, current, self._stop.is_set)
                     if renewed != current:
                         store.volumes.replace(renewed)
                     level = renewed.limit.level if renewed.limit is not None else ""
