@@ -5,6 +5,7 @@ Its pool lies on a disk of its own, an XFS in a file, so that free space differs
 """
 
 import json
+import os
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -65,6 +66,7 @@ class Node:
         destroy_all(self.name)
         # The network namespace takes it along, perhaps only now.
         subprocess.run(["ip", "link", "delete", self.spec.link], capture_output=True, check=False)
+        release(self.spec.directory)
         wait_until(f"the end of {self.name}'s disk", lambda: not loop_devices(self.spec.directory), 20)
 
     def start(self) -> None:
@@ -186,6 +188,31 @@ def loop_devices(directory: Path) -> list[str]:
         if Path(backing.removesuffix(" (deleted)")).is_relative_to(directory):
             found.append(file.parts[3])
     return found
+
+
+def release(directory: Path) -> None:
+    """Detach what machines that are gone attached from their disks in `directory`: a loop device outlives whoever attached it."""
+    for disk in loop_devices(directory):
+        for device in _stacked_on(disk):
+            subprocess.run(["losetup", "--detach", f"/dev/{device}"], check=False, capture_output=True)
+
+
+def _stacked_on(device: str) -> Iterator[str]:
+    """Find the loop devices of files on a device, and those of the device itself (the kubelet's, for raw block); the topmost first."""
+    node = Path(f"/dev/{device}").stat()
+    number, itself = _number(node.st_rdev), (_number(node.st_dev), node.st_ino)
+    asked = ["losetup", "--list", "--json", "--output", "NAME,BACK-MAJ:MIN,BACK-INO"]
+    shown = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    for one in json.loads(shown or "{}").get("loopdevices", []):
+        below = (str(one["back-maj:min"]).strip(), int(one["back-ino"]))
+        if below == itself or below[0] == number:
+            name = Path(one["name"]).name
+            yield from _stacked_on(name)
+            yield name
+
+
+def _number(device: int) -> str:
+    return f"{os.major(device)}:{os.minor(device)}"
 
 
 def kubelet_configuration(cgroup: str) -> dict[str, object]:

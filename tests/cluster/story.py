@@ -113,8 +113,12 @@ class Story:
             return
         # In this order, or a workload makes its pods anew, and a snapshot is asked for when its source has gone.
         self.k.run("delete", "deployments,statefulsets", "--all", "--cascade=foreground")
-        for kind in ("pods", "volumegroupsnapshots", "volumesnapshots", "pvc"):
-            self.k.run("delete", kind, "--all", *(["--grace-period=1"] if kind == "pods" else []), timeout=120)
+        self.k.run("delete", "pods", "--all", "--grace-period=1", timeout=120)
+        self.k.run("delete", "volumegroupsnapshots", "--all", timeout=120)
+        # A snapshot that a pending claim is to be restored from goes only when that claim has gone.
+        self.k.run("delete", "volumesnapshots", "--all", "--wait=false")
+        for kind in ("pvc", "volumesnapshots"):
+            self.k.run("delete", kind, "--all", timeout=120)
         # The namespace itself takes the controller ten seconds; nobody needs its name again soon.
         self.k.delete("namespace", self.namespace, wait=False)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cluster.layout import PREFIX, STATE
 from cluster.machines import destroy_all, running
-from cluster.nodes import cgroup_directories, loop_devices
+from cluster.nodes import cgroup_directories, loop_devices, release
 from cluster.progress import wait_until
 
 
@@ -22,6 +22,7 @@ def destroy() -> None:
     for link in _links():
         # The end of a network namespace takes its veth along, perhaps at this very moment.
         subprocess.run(["ip", "link", "delete", link], capture_output=True, check=False)
+    release(STATE)
     wait_until("the end of the cluster's mounts", lambda: not mounts_below(STATE), 20)
     for directory in list(cgroup_directories(PREFIX)):
         _remove_cgroup(directory)
