@@ -16,7 +16,7 @@ from pathlib import Path
 from cluster.layout import AGENT_PORT, BINARIES, BRIDGE, GATEWAY, HERE, NETWORK_BITS, NFS_NODES, NodeSpec
 from cluster.machines import Machine, destroy_all
 from cluster.nodes import PROGRAMS, SOCKET, Node, kubelet_configuration
-from cluster.progress import wait_until
+from cluster.progress import PATIENCE, wait_until
 
 UML = HERE.parent / "uml"
 MEMORY = 1536  # MiB; of this machine's as it is touched
@@ -71,6 +71,7 @@ class Guest:
 
     def run(self, *command: str, timeout: float = 60, check: bool = True, stdin: str = "") -> subprocess.CompletedProcess[str]:
         """Run a program in the guest and wait for it. Raises RuntimeError with what it printed when it fails."""
+        timeout *= PATIENCE
         path = f"PATH={PROGRAMS}:/usr/sbin:/usr/bin:/sbin:/bin"
         asked = {
             "token": self._token.read_text(),
