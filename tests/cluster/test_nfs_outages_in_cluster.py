@@ -23,7 +23,7 @@ def writer(story: Story, share: Share) -> Writer:
 
 
 def _pods(component: str) -> list[Object]:
-    return Kubectl(NFS_NAMESPACE).find("pods", f"--selector=app.kubernetes.io/component={component}")
+    return Kubectl(NFS_NAMESPACE).find("pods", f"app.kubernetes.io/component={component}")
 
 
 def _leaders() -> dict[str, str]:
