@@ -112,8 +112,9 @@ class Guest:
         )
 
     def kill(self, *words: str) -> None:
-        """Kill, with -9, each process of the guest, its containers included, whose arguments contain all `words`."""
-        self.run("sh", "-c", KILL, "sh", *words)
+        """Kill, with -9, each process of the guest, its containers included, whose arguments have these words, in this order."""
+        # One program for all processes: a shell's loop over them takes a guest a minute.
+        self.run("pkill", "-9", "-f", "(^|[ /])" + "( |.*[ /])".join(words) + "( |$)")
 
 
 class GuestNode(Node):
@@ -174,15 +175,3 @@ class GuestNode(Node):
 def nfs_nodes() -> list[GuestNode]:
     """Return the nodes with NFS, whether they run or not."""
     return [GuestNode(spec) for spec in NFS_NODES]
-
-
-KILL = """
-killed=1
-for process in /proc/[0-9]*; do
-  [ "${process#/proc/}" = $$ ] && continue
-  arguments=" $(tr '\\0' ' ' 2>/dev/null <"$process/cmdline" | sed 's|[^ ]*/||g') "
-  for word; do case $arguments in *" $word "*) ;; *) continue 2 ;; esac; done
-  kill -9 "${process#/proc/}" && killed=0
-done
-exit $killed
-"""
