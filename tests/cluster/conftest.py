@@ -12,6 +12,7 @@ import pytest
 
 from cluster import assembly, driver, teardown
 from cluster.nodes import Node, all_nodes
+from cluster.progress import PATIENCE
 from cluster.share import Share
 from cluster.share import share as cluster_share
 from cluster.story import Story
@@ -32,6 +33,7 @@ def pytest_collection_modifyitems(items) -> None:
         if item.path.is_relative_to(HERE):
             item.add_marker(pytest.mark.cluster)
             item.add_marker(pytest.mark.root)
+            item.add_marker(pytest.mark.timeout(600 * PATIENCE))
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from cluster.guests import LABEL, TAINT, VALUE
 from cluster.kubectl import Kubectl
 from cluster.layout import CHECKOUT, KUBECONFIG
 from cluster.nodes import Node
-from cluster.progress import step
+from cluster.progress import PATIENCE, step
 
 CHART = CHECKOUT / "deploy" / "chart" / "tatami"
 RELEASE = "tatami"
@@ -85,17 +85,17 @@ def upgrade(wanted: Mapping[str, Any], release: str = RELEASE, namespace: str = 
         try:
             _helm(
                 "upgrade", "--install", release, str(CHART), "--namespace", namespace, "--create-namespace",
-                "--wait", "--timeout", "150s", "--values", "-", stdin=json.dumps(wanted),
+                "--wait", "--timeout", f"{150 * PATIENCE:.0f}s", "--values", "-", stdin=json.dumps(wanted),
             )  # fmt: skip
             # helm is content with a DaemonSet that lacks as many pods as an upgrade may take away.
-            Kubectl(namespace).run("rollout", "status", "daemonset", "--timeout=120s", timeout=130)
+            Kubectl(namespace).run("rollout", "status", "daemonset", f"--timeout={120 * PATIENCE:.0f}s", timeout=130)
         except RuntimeError as error:
             raise RuntimeError(f"{error}\n{explain(namespace)}") from None
 
 
 def uninstall(release: str = RELEASE, namespace: str = NAMESPACE) -> None:
     """Remove a release."""
-    _helm("uninstall", release, "--namespace", namespace, "--wait", "--timeout", "90s")
+    _helm("uninstall", release, "--namespace", namespace, "--wait", "--timeout", f"{90 * PATIENCE:.0f}s")
 
 
 def explain(namespace: str = NAMESPACE, lines: int = 60) -> str:
@@ -133,7 +133,7 @@ def _helm(*arguments: str, stdin: str = "") -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
+        timeout=200 * PATIENCE,
     )
     if done.returncode != 0:
         raise RuntimeError(f"helm {arguments[0]}: {done.stderr.strip()}")

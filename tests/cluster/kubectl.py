@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from cluster.api import Api, NotThere
 from cluster.layout import BINARIES, KUBECONFIG
-from cluster.progress import wait_until
+from cluster.progress import PATIENCE, wait_until
 
 Object = dict[str, Any]
 
@@ -30,7 +30,7 @@ class Kubectl:
     def run(self, *arguments: str, stdin: str = "", timeout: float = 60) -> str:
         """Run kubectl and return what it printed. Raises KubectlError."""
         done = subprocess.run(
-            [*self._base, *arguments], input=stdin, capture_output=True, text=True, timeout=timeout, check=False
+            [*self._base, *arguments], input=stdin, capture_output=True, text=True, timeout=timeout * PATIENCE, check=False
         )
         if done.returncode != 0:
             raise KubectlError(f"kubectl {' '.join(arguments)[:200]}: {done.stderr.strip()}")

@@ -1,8 +1,12 @@
 """Say what is being done and since when: bringing up a cluster takes long enough to wonder."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+PATIENCE = float(os.environ.get("TATAMI_CLUSTER_PATIENCE", "3"))
+"""What every deadline is multiplied with: waiting ends when there is something to see, so only a failure takes longer."""
 
 _started = time.monotonic()
 
@@ -23,6 +27,7 @@ def step(text: str) -> Iterator[None]:
 
 def wait_until(what: str, check, seconds: float, every: float = 0.2):
     """Return what `check` returns as soon as it is true. Raises TimeoutError, with what it said last, after `seconds`."""
+    seconds *= PATIENCE
     until = time.monotonic() + seconds
     last: object = None
     while True:

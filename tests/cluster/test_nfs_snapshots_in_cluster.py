@@ -1,6 +1,6 @@
 """Snapshots, restores, clones, groups, growth and changes of a volume, on NFS: any node can mount what comes out."""
 
-from cluster.kubectl import Kubectl, Object, ready
+from cluster.kubectl import Kubectl, Object
 from cluster.nfs_objects import claim, directory_of, group_snapshot, pod, snapshot
 from cluster.objects import from_claim, from_snapshot, of_claim
 from cluster.progress import wait_until
@@ -109,11 +109,7 @@ def test_a_volume_that_is_there_is_given_another_attributes_class(story: Story, 
 def test_a_raw_block_device_over_nfs_keeps_what_is_written_and_goes_to_another_node(story: Story, share: Share):
     story.make(claim("disk", mode="ReadWriteOnce", size="64Mi", volumeMode="Block"))
     for name, node in (("one", "nfs1"), ("two", "nfs2")):
-        wanted = pod(name, {"/unused": of_claim("disk")}, node=node)
-        container = wanted["spec"]["containers"][0]
-        container["volumeDevices"] = [{"name": container.pop("volumeMounts")[0]["name"], "devicePath": "/dev/disk"}]
-        story.make(wanted)
-        story.k.wait("pod", name, ready, 120)
+        story.run(pod(name, devices={"/dev/disk": of_claim("disk")}, node=node), 120)
         if name == "one":
             story.k.sh(name, "echo raw letter | dd of=/dev/disk bs=4096 seek=100 conv=fsync,sync 2>/dev/null")
             story.k.delete("pod", name, now=True)

@@ -15,17 +15,7 @@ from cluster.kubectl import Kubectl, ready
 from cluster.objects import claim, image_class, of_claim, pod
 from cluster.progress import wait_until
 from cluster.story import Story
-
-FILES = """
-n=0
-while :; do
-  n=$((n + 1))
-  echo "$n $(cut -d' ' -f1 /proc/uptime)" >> /data/log || exit 1
-  echo "$n" > /data/new && mv /data/new /data/last || exit 1
-  [ "$(tail -n 1 /data/log | cut -d' ' -f1)" = "$n" ] && [ "$(cat /data/last)" = "$n" ] || exit 2
-  sleep 0.1
-done
-"""
+from cluster.writer import COMMAND
 
 # A record in each block of 4 KiB; the log of them is the container's own, for a device holds no file.
 BLOCKS = """
@@ -54,7 +44,7 @@ def writers(story: Story) -> Mapping[str, str]:
     running = {"node": "node1", "restartPolicy": "Never"}
     story.make(image_class(), *CLAIMS.values())
     for name in ("directory", "image"):
-        story.make(pod(name, {"/data": of_claim(name)}, command=["sh", "-c", FILES], **running))
+        story.make(pod(name, {"/data": of_claim(name)}, command=COMMAND, **running))
     story.make(pod("blocks", devices={"/dev/data": of_claim("blocks")}, command=["sh", "-c", BLOCKS], **running))
     for name in CLAIMS:
         story.k.wait("pod", name, ready, 120)

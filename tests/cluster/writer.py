@@ -16,7 +16,7 @@ while :; do
   echo "$n $(cut -d' ' -f1 /proc/uptime)" >> /data/log || exit 1
   echo "$n" > /data/new && mv /data/new /data/last || exit 1
   [ "$(tail -n 1 /data/log | cut -d' ' -f1)" = "$n" ] && [ "$(cat /data/last)" = "$n" ] || exit 2
-  sleep 0.05
+  sleep 0.1
 done
 """
 COMMAND = ("sh", "-c", SCRIPT)
@@ -30,8 +30,8 @@ class Writer:
     pod: str
 
     def written(self) -> int:
-        """Return the number of its last line."""
-        return int(self.story.k.sh(self.pod, "cat /data/last"))
+        """Return the number of its last line; 0 where there is none yet."""
+        return int(self.story.k.sh(self.pod, "cat /data/last 2>/dev/null || echo 0"))
 
     def check(self, before: int, longest_gap: float = 5) -> None:
         """Assert that it wrote on after line `before`, missed no number and never waited longer than `longest_gap` seconds."""
