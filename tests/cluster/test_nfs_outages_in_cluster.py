@@ -6,12 +6,12 @@ from cluster.driver import NFS_NAMESPACE
 from cluster.kubectl import Kubectl, Object
 from cluster.nfs_objects import claim, pod
 from cluster.objects import of_claim
-from cluster.progress import wait_until
+from cluster.progress import PATIENCE, wait_until
 from cluster.share import Share
 from cluster.story import Story
 from cluster.writer import COMMAND, Writer
 
-GAP = 15  # seconds; guests share two processors with everything else, and what is looked for takes a minute or does not end
+GAP = 20 * PATIENCE  # seconds; guests are slow where the machine is busy, and a mount that hangs does not end by itself
 
 
 @pytest.fixture

@@ -42,4 +42,5 @@ class Writer:
         rows = [line.split() for line in self.story.k.sh(self.pod, "cat /data/log").splitlines()]
         assert [int(number) for number, _ in rows] == list(range(1, len(rows) + 1))
         times = [float(at) for _, at in rows]
-        assert max(later - earlier for earlier, later in itertools.pairwise(times)) < longest_gap
+        gap = max(later - earlier for earlier, later in itertools.pairwise(times))
+        assert gap < longest_gap, f"{self.pod} wrote nothing for {gap:.1f} s"
