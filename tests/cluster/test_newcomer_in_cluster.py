@@ -3,7 +3,7 @@
 from cluster import driver
 from cluster.driver import HOSTPATH
 from cluster.images import BUSYBOX
-from cluster.kubectl import Kubectl, ready
+from cluster.kubectl import Kubectl, Object, ready
 from cluster.layout import CHECKOUT
 from cluster.objects import claim, of_claim, pod, storage_class
 from cluster.progress import wait_until
@@ -30,16 +30,21 @@ def test_an_uninstalled_driver_leaves_nothing_but_retained_data_and_a_new_one_go
     try:
         assert not Kubectl().exists("csidriver", HOSTPATH)
         for kind in ("pods", "daemonsets", "deployments", "configmaps"):
-            assert Kubectl(driver.NAMESPACE).find(kind, "app.kubernetes.io/instance=tatami") == []
+            # helm does not wait for the pods of what it has deleted.
+            wait_until(f"the end of the driver's {kind}", lambda: _of_the_release(kind) == [], 60)  # noqa: B023
         for node in story.nodes.values():
             wait_until(f"{node.name} to forget the driver", lambda: _drivers(node.name) == [], 60)  # noqa: B023
             assert list(node.see("/var/lib/kubelet/plugins_registry").iterdir()) == []
             assert [mount for mount in node.mounts() if HOSTPATH in mount] == []
     finally:
         driver.upgrade(driver.values(image.rpartition(":")[2]))
+        story.k.patch("pv", pv, {"spec": {"persistentVolumeReclaimPolicy": "Delete"}})
     story.run(pod("reader", {"/data": of_claim("data")}), 120)
     assert story.k.sh("reader", "cat /data/letter") == "kept\n"
-    story.k.patch("pv", pv, {"spec": {"persistentVolumeReclaimPolicy": "Delete"}})
+
+
+def _of_the_release(kind: str) -> list[Object]:
+    return Kubectl(driver.NAMESPACE).find(kind, "app.kubernetes.io/instance=tatami")
 
 
 def _drivers(node: str) -> list[str]:
