@@ -67,7 +67,7 @@ def drafted(directory_fd: int, name: str, data: bytes) -> Iterator[Show]:
     """
     temporary, descriptor = _create_temporary(directory_fd, _single(name))
     with contextlib.ExitStack() as undo:
-        undo.callback(_unlink_if_there, directory_fd, temporary)
+        undo.callback(_drop_draft, directory_fd, temporary)
         closing = undo.enter_context(contextlib.ExitStack())
         closing.callback(os.close, descriptor)
         _write(descriptor, data)
@@ -289,6 +289,11 @@ def _write_temporary(directory_fd: int, name: str, data: bytes) -> str:
         _unlink_if_there(directory_fd, temporary)
         raise
     return temporary
+
+
+def _drop_draft(directory_fd: int, name: str) -> None:
+    with contextlib.suppress(OSError):  # it is swept later, and must not hide why the caller failed
+        os.unlink(name, dir_fd=directory_fd)
 
 
 def _unlink_if_there(directory_fd: int, name: str) -> None:
