@@ -224,9 +224,12 @@ class Contents:
                         f"directory {quoted(record.directory)}: what it lies in hands on a project id (chattr +P), so it takes in no volume that "
                         "has one of its own; choose another `directory`"
                     ) from error
-                self._volume_fence.require(store, store.volumes, record)
-                show(_ordered(parent, staging))
+                self._show_ready(store, record, lambda: show(_ordered(parent, staging)))
         return ready
+
+    def _show_ready(self, store: PoolStore, record: VolumeRecord, show: Callable[[], None]) -> None:
+        self._volume_fence.require(store, store.volumes, record)
+        show()
 
     def make_ready(self, store: PoolStore, record: VolumeRecord) -> VolumeRecord:
         """Say that a volume, whose content came into its place before a crash, is ready. Returns the record as it now is."""
