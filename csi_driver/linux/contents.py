@@ -15,13 +15,12 @@ from typing import Literal
 
 from csi_driver.linux.holes import data_extents
 from csi_driver.linux.walk import WalkStopped
-from csi_driver.linux.writeback import SteadyWriteback
+from csi_driver.linux.writeback import STEP_BYTES, SteadyWriteback
 
 Method = Literal["reflink", "copy_file_range", "copy"]
 METHODS: tuple[Method, ...] = ("reflink", "copy_file_range", "copy")
 
 FICLONE = 0x40049409
-_STEP_BYTES = 2 * 1024 * 1024  # between two looks at should_stop; as linux/writeback.py hands over
 _BUFFER_BYTES = 1024 * 1024
 _SMALL_BYTES = 64 * 1024
 _NOT_HERE = frozenset({errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY})
@@ -103,7 +102,7 @@ class ContentLadder:
             count = 0
             if method == "copy_file_range":
                 try:
-                    count = os.copy_file_range(source, target, min(end - position, _STEP_BYTES), position, position)
+                    count = os.copy_file_range(source, target, min(end - position, STEP_BYTES), position, position)
                 except OSError as error:
                     self._give_up("copy_file_range", error)
             if count == 0:  # refused, or the end of the file: reading tells which

@@ -80,7 +80,7 @@ def copy_tree(
 ) -> CopyReport:
     """Copy what is in the directory `source_fd`, and its own metadata, into the empty directory `target_fd`.
 
-    `should_stop` is asked before each entry and each 2 MiB; it may sleep, to slow the copy down. `workers` is how many threads carry;
+    `should_stop` is asked before each entry and each 8 MiB; it may sleep, to slow the copy down. `workers` is how many threads carry;
     all of them ask `should_stop`. `patience` is how long the copy waits in all for write leases (fcntl(2)) that are not given back, by
     default a minute. Nothing is synced: `files.sync_filesystem(target_fd)` does it at once for all.
     Raises WalkStopped; OSError for what is no matter of the target's abilities (EIO, ENOSPC, EDQUOT, EACCES; EAGAIN where leases

@@ -11,18 +11,20 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 from csi_driver.linux.beneath import open_beneath
-from csi_driver.linux.system_calls import sync_filesystem
+from csi_driver.linux.system_calls import filesystem_type, sync_file_range_wait, sync_filesystem
 
 __all__ = [
     "OPEN",
     "create_exclusively",
+    "drafted",
     "make_directories_beneath",
     "move_into_place",
     "open_beneath",
+    "order_directory",
     "read_bounded",
     "remove_leftover_temporaries",
     "sync_directory",
@@ -34,28 +36,65 @@ TEMPORARY_PREFIX = ".tmp."
 OPEN: AbstractContextManager[object] = contextlib.nullcontext()
 """The gate that refuses nothing."""
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+_EXT_MAGIC = 0xEF53
+_XFS_MAGIC = 0x58465342
+
+Settle = Callable[[int], None]
+"""What becomes of new names in a directory: `sync_directory`, or `order_directory` where the caller syncs something later."""
 
 
-def write_atomically(directory_fd: int, name: str, data: bytes, gate: AbstractContextManager[object] = OPEN) -> None:
+def write_atomically(
+    directory_fd: int, name: str, data: bytes, gate: AbstractContextManager[object] = OPEN, settle: Settle | None = None
+) -> None:
     """Replace the content of `name` (mode 0600): after any crash the old content or the new, never a mixture.
 
-    It has reached the disk (or the server) when this returns. Only the step that shows it to others is made within `gate`, which
-    may refuse it. Raises OSError, and what the gate raises; nothing is left over then.
+    It has reached the disk (or the server) when this returns, unless `settle` is `order_directory`. Only the step that shows it to
+    others is made within `gate`, which may refuse it. Raises OSError, and what the gate raises; nothing is left over then.
     """
-    temporary = _write_temporary(directory_fd, _single(name), data)
-    try:
-        with gate:
-            os.rename(temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
-    except BaseException:
-        _unlink_if_there(directory_fd, temporary)
-        raise
-    sync_directory(directory_fd)
+    with drafted(directory_fd, name, data) as show:
+        show(gate, settle or sync_directory)
+
+
+Show = Callable[[AbstractContextManager[object], Settle], None]
+
+
+@contextlib.contextmanager
+def drafted(directory_fd: int, name: str, data: bytes) -> Iterator[Show]:
+    """Write what `name` will hold under another name, which goes when the context ends; what is yielded puts it in place, once.
+
+    Until then the data has gone to the disk, but not what the filesystem knows of it: where one journal takes all changes, whoever
+    syncs anything meanwhile takes that along, and showing it costs no commit of the journal for that. Raises OSError.
+    """
+    temporary, descriptor = _create_temporary(directory_fd, _single(name))
+    with contextlib.ExitStack() as undo:
+        undo.callback(_drop_draft, directory_fd, temporary)
+        closing = undo.enter_context(contextlib.ExitStack())
+        closing.callback(os.close, descriptor)
+        _write(descriptor, data)
+        sync_file_range_wait(descriptor, 0, 0)
+
+        def show(gate: AbstractContextManager[object], settle: Settle) -> None:
+            os.fsync(descriptor)
+            closing.close()  # NFS may report a failed write only here
+            with gate:
+                os.rename(temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
+            undo.pop_all()
+            settle(directory_fd)
+
+        yield show
 
 
 def create_exclusively(
-    directory_fd: int, name: str, data: bytes, confirm: Callable[[bytes], bool], gate: AbstractContextManager[object] = OPEN
+    directory_fd: int,
+    name: str,
+    data: bytes,
+    confirm: Callable[[bytes], bool],
+    gate: AbstractContextManager[object] = OPEN,
+    settle: Settle | None = None,
 ) -> None:
-    """Create `name` with `data` (mode 0600), durable and whole from its first moment, unless there is one.
+    """Create `name` with `data` (mode 0600), whole from its first moment, unless there is one.
+
+    It has reached the disk (or the server) when this returns, unless `settle` is `order_directory`.
 
     Raises FileExistsError when `name` exists and is not ours: neither made by this very call (its reply was lost) nor
     recognised by `confirm`, which gets the existing content (at most 1 MiB; e.g. an earlier try's token). Only the step that shows
@@ -73,7 +112,7 @@ def create_exclusively(
                 raise
     finally:
         _unlink_if_there(directory_fd, temporary)
-    sync_directory(directory_fd)
+    (settle or sync_directory)(directory_fd)
 
 
 def read_bounded(directory_fd: int, name: str, limit_bytes: int) -> bytes:
@@ -105,6 +144,30 @@ def sync_directory(directory_fd: int) -> None:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
+
+
+def order_directory(directory_fd: int) -> None:
+    """See that a directory, its names and what it says of itself, reaches the disk before whatever is changed from now on.
+
+    Both may be lost in a power cut. Nothing is to be done where one journal takes all changes in their order (ext4, XFS); there to
+    sync a directory would commit the journal, whether or not it had changed. Elsewhere it is `sync_directory`.
+    """
+    if not _keeps_order(directory_fd):
+        sync_directory(directory_fd)
+
+
+def _keeps_order(descriptor: int) -> bool:
+    try:
+        kind = filesystem_type(descriptor)
+        if kind != _EXT_MAGIC:
+            return kind == _XFS_MAGIC
+        device = os.fstat(descriptor).st_dev
+        # The same magic number is ext2's, and an ext4's without a journal.
+        name = os.path.basename(os.readlink(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"))  # noqa: PTH115, PTH119
+        with open(f"/sys/fs/ext4/{name}/journal_task", encoding="ascii") as task:  # noqa: PTH123 - every import counts in a node pod
+            return task.read().strip().isdigit()  # "<none>" where there is no journal
+    except OSError:
+        return False
 
 
 def remove_leftover_temporaries(directory_fd: int, older_than_seconds: float) -> int:
@@ -202,15 +265,23 @@ def _single(name: str) -> str:
     return name
 
 
-def _write_temporary(directory_fd: int, name: str, data: bytes) -> str:
+def _create_temporary(directory_fd: int, name: str) -> tuple[str, int]:
     temporary = f"{TEMPORARY_PREFIX}{name[:64]}.{secrets.token_hex(8)}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    descriptor = os.open(temporary, flags, 0o600, dir_fd=directory_fd)
+    return temporary, os.open(temporary, flags, 0o600, dir_fd=directory_fd)
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def _write_temporary(directory_fd: int, name: str, data: bytes) -> str:
+    temporary, descriptor = _create_temporary(directory_fd, name)
     try:
         try:
-            left = memoryview(data)
-            while left:
-                left = left[os.write(descriptor, left) :]
+            _write(descriptor, data)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)  # NFS may report a failed write only here
@@ -218,6 +289,11 @@ def _write_temporary(directory_fd: int, name: str, data: bytes) -> str:
         _unlink_if_there(directory_fd, temporary)
         raise
     return temporary
+
+
+def _drop_draft(directory_fd: int, name: str) -> None:
+    with contextlib.suppress(OSError):  # it is swept later, and must not hide why the caller failed
+        os.unlink(name, dir_fd=directory_fd)
 
 
 def _unlink_if_there(directory_fd: int, name: str) -> None:

@@ -1,4 +1,5 @@
-"""The system calls that Python does not offer, by ctypes: openat2, getdents64, statx, syncfs, sync_file_range and ioprio_set.
+"""The system calls that Python does not offer, by ctypes: openat2, getdents64, statx, syncfs, fstatfs, sync_file_range and
+ioprio_set.
 
 Python's `os` follows whatever the tree holds below a descriptor (symlinks in the middle of a path, mounts), reads a directory
 only from its start, and hides the mount id. Walking a tree that its owner changes meanwhile needs all three. Every call here
@@ -139,6 +140,14 @@ def sync_filesystem(descriptor: int) -> None:
     """
     if _libc.syncfs(descriptor) < 0:
         raise _failure()
+
+
+def filesystem_type(descriptor: int) -> int:
+    """Return the magic number of the descriptor's filesystem (f_type of fstatfs(2)). Raises OSError."""
+    buffer = ctypes.create_string_buffer(256)
+    if _libc.fstatfs(descriptor, buffer) < 0:
+        raise _failure()
+    return int(struct.unpack_from("l", buffer)[0])
 
 
 def sync_file_range_write(descriptor: int, offset: int, length: int) -> None:

@@ -2,11 +2,12 @@
 
 Gigabytes in the page cache are one long stall for whoever needs the journal next: an fsync of another's small file waits for them
 (ext4's data=ordered). So a large file is handed to the disk in steps, and the copy itself waits until the step before last is there.
+A step is as large as a disk that others keep busy needs to be given: each wait stands in line behind what they have asked for.
 """
 
 from csi_driver.linux.system_calls import sync_file_range_wait, sync_file_range_write
 
-STEP_BYTES = 2 * 1024 * 1024
+STEP_BYTES = 8 * 1024 * 1024
 _SMALL_BYTES = 1024 * 1024
 
 

@@ -186,25 +186,28 @@ class Contents:
     def place_volume(
         self, store: PoolStore, record: VolumeRecord, claim: Callable[[VolumeRecord], VolumeRecord]
     ) -> VolumeRecord:
-        """Move built content to the volume's directory, which must not exist. Returns the record as it now is.
+        """Move built content to the volume's directory, which must not exist, and make it ready. Returns the record as it now is.
 
-        `claim` writes the record that claims the directory, durably: a new one, or in place of the one that there is. That the
-        content is in its place has not reached the disk before `make_ready`.
+        `claim` writes the record that claims the directory: a new one, or in place of the one that there is. It needs to last no sooner
+        than what comes after it. The record that says ready is written down before: one commit of a journal takes both to the disk,
+        and a second one the claim, the directory and the readiness, in this order.
 
         Raises InvalidArgument for a directory that exists already (it is never adopted) or lies inside another volume.
         """
         with self._hold_place(store, record.directory):
             self._make_parents(store, record.directory)
-            with store.open_parent(record.directory) as (parent, name), store.open(STAGING) as staging:
+            with store.open_parent(record.directory) as (parent, name), store.open(STAGING) as staging, ExitStack() as held:
                 staged = _staging_name(record.id, record.token)
                 claimed_before = self._check_free(store, record, parent, name)
                 with _open_staged(staging, staged) as content:
                     inode = btrfs.identity_of(content.fd)
-                    # The claim is on disk before the directory: after a crash, an empty directory of that name is known to be ours.
-                    record = claim(replace(record, claimed=True, content_inode=inode))
-                    # After the claim, whose way to the disk takes this along where all changes share one journal. Its name in staging
-                    # may be lost in a crash: nobody looks for it there.
-                    os.fsync(content.fd)
+                    record = replace(record, claimed=True, content_inode=inode)
+                    ready = replace(record, phase=Phase.READY)
+                    show = held.enter_context(store.volumes.drafted(ready))
+                    # The claim reaches the disk before the directory: after a crash, an empty directory of that name is known to be ours.
+                    claim(record)
+                    # Its name in staging may be lost in a crash: nobody looks for it there.
+                    files.order_directory(content.fd)
                 if not claimed_before:
                     try:
                         os.mkdir(name, 0o700, dir_fd=parent)
@@ -221,26 +224,34 @@ class Contents:
                         f"directory {quoted(record.directory)}: what it lies in hands on a project id (chattr +P), so it takes in no volume that "
                         "has one of its own; choose another `directory`"
                     ) from error
-        return record
+                self._show_ready(store, record, lambda: show(_ordered(parent, staging)))
+        return ready
+
+    def _show_ready(self, store: PoolStore, record: VolumeRecord, show: Callable[[], None]) -> None:
+        self._volume_fence.require(store, store.volumes, record)
+        show()
 
     def make_ready(self, store: PoolStore, record: VolumeRecord) -> VolumeRecord:
-        """Say that a volume whose content is in its place is ready, once that is on disk. Returns the record as it now is."""
+        """Say that a volume, whose content came into its place before a crash, is ready. Returns the record as it now is."""
         self._volume_fence.require(store, store.volumes, record)
         with store.open_parent(record.directory) as (parent, _), store.open(STAGING) as staging:
-            return store.volumes.replace(replace(record, phase=Phase.READY), _synced(parent, staging))
+            return store.volumes.replace(replace(record, phase=Phase.READY), _ordered(parent, staging))
 
     def place_snapshot(self, store: PoolStore, record: SnapshotRecord) -> None:
-        """Write the record of what was built, and move it to the snapshot's place. Raises LockLost."""
+        """Write the record of what was built, and move it to the snapshot's place. Raises LockLost.
+
+        It lasts there as soon as the record that says ready does.
+        """
         record_id, name = record.id, _staging_name(record.id, record.token)
         self._snapshot_fence.require(store, store.snapshots, record)
-        store.snapshots.replace(record)
+        store.snapshots.replace(record, settle=files.order_directory)
         with store.open(STAGING) as staging, store.open(SNAPSHOT_DATA) as data:
             with _open_staged(staging, name) as content:
-                os.fsync(content.fd)
+                files.order_directory(content.fd)
             self._snapshot_fence.require(store, store.snapshots, record)
             os.rename(name, record_id, src_dir_fd=staging, dst_dir_fd=data)
-            files.sync_directory(data)
-            files.sync_directory(staging)
+            files.order_directory(data)
+            files.order_directory(staging)
         self.seal_snapshot(store, record_id)
 
     def seal_snapshot(self, store: PoolStore, record_id: str) -> None:
@@ -366,13 +377,10 @@ class _Descriptor:
 
 
 @contextmanager
-def _synced(*directories: int) -> Iterator[None]:
-    """The gate (files.py) of a record that speaks of names in these directories: it appears when they are on disk.
-
-    Within the gate the record itself is there already; where all changes share one journal, that has taken the names along.
-    """
+def _ordered(*directories: int) -> Iterator[None]:
+    """The gate (files.py) of a record that speaks of names in these directories: it reaches the disk after them."""
     for directory in directories:
-        files.sync_directory(directory)
+        files.order_directory(directory)
     yield
 
 

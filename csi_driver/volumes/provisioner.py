@@ -19,6 +19,7 @@ from csi_driver.errors import (
     ResourceExhausted,
     quoted,
 )
+from csi_driver.linux import files
 from csi_driver.volumes import access
 from csi_driver.volumes.contents import Contents
 from csi_driver.volumes.fencing import Fence
@@ -186,7 +187,7 @@ class Provisioner:
         gate = self._promises.gate(store, record_id, capacity, capacity)
 
         def add(record: VolumeRecord) -> VolumeRecord:
-            if not store.volumes.add(record, gate):
+            if not store.volumes.add(record, gate, files.order_directory):
                 raise AlreadyExists(f"volume {quoted(request.name)} is being made by another controller")
             # Once more: another controller may have made one in another pool since. Each looks after its own record is there, so of two at
             # once, one at least sees the other, and gives way.
@@ -242,15 +243,13 @@ class Provisioner:
             else:
                 record = self._fill(store, record, job, holding)
             claim = add or (lambda record: self._replace_own(store, record))
-            record = self._contents.place_volume(store, replace(record, limit=holding.limit), claim)
+            return self._contents.place_volume(store, replace(record, limit=holding.limit), claim)
         except BaseException as error:  # noqa: BLE001 - raised again
             take_back(error, lambda: self._give_up(store, record), what)
-        with may_be_left(what):
-            return self._contents.make_ready(store, record)
 
     def _replace_own(self, store: PoolStore, record: VolumeRecord) -> VolumeRecord:
         self._fence.require(store, store.volumes, record)
-        return store.volumes.replace(record)
+        return store.volumes.replace(record, settle=files.order_directory)
 
     def _fill(
         self, store: PoolStore, record: VolumeRecord, job: JobControl | None, holding: Holding | ImageHolding

@@ -7,7 +7,7 @@ or of after. Nothing is kept in memory: the directory is the database, for this 
 import errno
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Generic, Protocol, TypeVar
 
 from csi_driver.errors import RecordDamaged
@@ -50,8 +50,12 @@ class RecordFolder(Generic[R]):
         with self._open() as folder:
             return self._read(folder, record_id)
 
-    def add(self, record: R, gate: AbstractContextManager[object] = files.OPEN) -> bool:
+    def add(
+        self, record: R, gate: AbstractContextManager[object] = files.OPEN, settle: files.Settle = files.sync_directory
+    ) -> bool:
         """Write a record that must not exist yet; False where another has its id. It appears within `gate`, which may refuse it.
+
+        It lasts when this returns, or, with `files.order_directory`, as soon as something that is changed later does.
 
         A server may do what it was asked and lose the reply, and the second try then meets our own file: the token tells.
         """
@@ -61,16 +65,24 @@ class RecordFolder(Generic[R]):
 
         with self._open() as folder:
             try:
-                files.create_exclusively(folder, record.id + _SUFFIX, record_format.encode(record), ours, gate)
+                files.create_exclusively(folder, record.id + _SUFFIX, record_format.encode(record), ours, gate, settle)
             except FileExistsError:
                 return False
         return True
 
-    def replace(self, record: R, gate: AbstractContextManager[object] = files.OPEN) -> R:
-        """Put a record in place of the one with its id, in one step within `gate`, durably. Returns it."""
+    def replace(
+        self, record: R, gate: AbstractContextManager[object] = files.OPEN, settle: files.Settle = files.sync_directory
+    ) -> R:
+        """Put a record in place of the one with its id, in one step within `gate`; `settle` as in `add`. Returns it."""
         with self._open() as folder:
-            files.write_atomically(folder, record.id + _SUFFIX, record_format.encode(record), gate)
+            files.write_atomically(folder, record.id + _SUFFIX, record_format.encode(record), gate, settle)
         return record
+
+    @contextmanager
+    def drafted(self, record: R) -> Iterator[Callable[[AbstractContextManager[object]], None]]:
+        """Write down a record that will be due at the end of the context; what is yielded shows it, once, within a gate, durably."""
+        with self._open() as folder, files.drafted(folder, record.id + _SUFFIX, record_format.encode(record)) as show:
+            yield lambda gate: show(gate, files.sync_directory)
 
     def remove(self, record_id: str) -> None:
         """Remove a record; one that is gone already is fine."""

@@ -5,9 +5,11 @@ A snapshot stands on its own: its source may be deleted, and it may be deleted, 
 
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 from csi_driver.errors import AlreadyExists, InvalidArgument, NotFound, RecordDamaged, ResourceExhausted, quoted
+from csi_driver.linux import files
 from csi_driver.volumes.captures import HoldToSource, consistency_of
 from csi_driver.volumes.contents import Contents
 from csi_driver.volumes.fencing import Fence
@@ -104,14 +106,28 @@ class Snapshots:
             elif record.phase is Phase.CREATING and not self.is_cut(store, record):
                 record = self.take_over(store, record)
             if record.phase is Phase.CREATING:
-                try:
-                    record = self.place(store, self.cut(store, record, job))
-                    if request.digests:
-                        record = self._verifier.digest(store, record, job)
-                except BaseException as error:  # noqa: BLE001 - raised again
-                    take_back(error, lambda: self.give_up(store, record_id, record.token), f"snapshot {record.handle}")
+                return show(store, self._complete(store, record, job, digests=request.digests))
             with may_be_left(f"snapshot {record.handle}"):
                 return show(store, self.make_ready(store, record))
+
+    def _complete(self, store: PoolStore, record: SnapshotRecord, job: JobControl, *, digests: bool) -> SnapshotRecord:
+        """Cut and place a snapshot and make it ready; where one of the first two fails, nothing is left of it."""
+        with ExitStack() as drafts:
+            try:
+                record = self.cut(store, record, job)
+                if digests:
+                    record = self._verifier.digest(store, self.place(store, record), job)
+                ready = replace(record, phase=Phase.READY)
+                # What can be written down before the last steps goes to the disk with them.
+                show_ready = drafts.enter_context(store.snapshots.drafted(ready))
+                if not digests:
+                    self.place(store, record)
+            except BaseException as error:  # noqa: BLE001 - raised again
+                take_back(error, lambda: self.give_up(store, record.id, record.token), f"snapshot {record.handle}")
+            with may_be_left(f"snapshot {record.handle}"):
+                self._fence.require(store, store.snapshots, record)
+                show_ready(files.OPEN)
+        return ready
 
     # --- the steps, which group snapshots share -------------------------------------------------------------------------------------
 
@@ -135,7 +151,7 @@ class Snapshots:
             form=source.form,
         )
         with may_be_left(f"snapshot {record.handle}"):
-            added = store.snapshots.add(record)
+            added = store.snapshots.add(record, settle=files.order_directory)
         if not added:
             raise AlreadyExists(f"snapshot {quoted(name)} is being made by another controller")
         return record

@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import fcntl
 import os
@@ -226,6 +227,35 @@ def test_an_atomic_write_replaces_a_symlink_rather_than_following_it(directory, 
     files.write_atomically(directory_fd, "record", b"new")
     assert (tmp_path / "outside").read_text() == "untouched"
     assert (directory / "record").read_bytes() == b"new"
+
+
+def test_a_draft_is_shown_when_it_is_told_and_otherwise_leaves_nothing(directory, directory_fd):
+    files.write_atomically(directory_fd, "record", b"old")
+    with files.drafted(directory_fd, "record", b"new") as show:
+        assert (directory / "record").read_bytes() == b"old"
+        show(files.OPEN, files.sync_directory)
+        assert (directory / "record").read_bytes() == b"new"
+    with pytest.raises(KeyError), files.drafted(directory_fd, "record", b"newer"):
+        raise KeyError
+    with files.drafted(directory_fd, "record", b"newer"):
+        pass
+    assert (directory / "record").read_bytes() == b"new"
+    assert os.listdir(directory) == ["record"]
+
+
+def test_a_gate_that_refuses_leaves_the_old_record_and_no_descriptor(directory, directory_fd):
+    @contextlib.contextmanager
+    def refusing():
+        raise KeyError
+        yield
+
+    files.write_atomically(directory_fd, "record", b"old")
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(KeyError):
+        files.write_atomically(directory_fd, "record", b"new", refusing())
+    assert (directory / "record").read_bytes() == b"old"
+    assert os.listdir(directory) == ["record"]
+    assert os.listdir("/proc/self/fd") == before
 
 
 @pytest.mark.root

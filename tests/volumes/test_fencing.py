@@ -52,7 +52,7 @@ def source(bench):
     return volume
 
 
-@pytest.mark.parametrize("step", ["place_volume", "make_ready"])
+@pytest.mark.parametrize("step", ["place_volume", "_show_ready"])
 def test_a_clone_whose_lock_was_lost_changes_nothing_of_what_another_has_made(bench, source, monkeypatch, step):
     slow = Slow(monkeypatch, bench.volumes._contents, step, lambda: bench.clone("new", source))
     lose_all_locks(bench)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from bench import MIB, Bench, copying_stands_still_at, make_bench, until
+from images import block, filesystem, make_image
 from trees import fill, seen
 
 from csi_driver.config import HostPathPool
@@ -41,9 +42,12 @@ def manifests_in(bench: Bench, pool="default"):
     return os.listdir(bench.pool(pool).backend.root() / ".csi/manifests")
 
 
+def source_of(snapshot) -> ContentSource:
+    return ContentSource(SourceKind.SNAPSHOT, snapshot.record.handle)
+
+
 def restore_verified(bench, name, snapshot, **parameters):
-    source = ContentSource(SourceKind.SNAPSHOT, snapshot.record.handle)
-    return bench.create(name, source=source, verify=True, **parameters)
+    return bench.create(name, source=source_of(snapshot), verify=True, **parameters)
 
 
 def flip_a_byte(path: Path) -> None:
@@ -147,6 +151,28 @@ def test_a_verified_restore_of_a_snapshot_without_digests_says_how_to_make_them(
         restore_verified(bench, "restored", snapshot)
     bench.domain.verifier.verify(snapshot.record.handle, JobControl("by hand"))
     assert restore_verified(bench, "restored", snapshot)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("capability", [filesystem("ext4"), block()], ids=["ext4", "block"])
+def test_digests_of_an_image_are_of_the_image_and_tell_a_spoilt_one(bench, capability):
+    volume = make_image(bench, "source", capability)
+    with (bench.path(volume) / "image").open("r+b") as image:
+        image.seek(8 * MIB)
+        image.write(os.urandom(MIB))
+    asked_for, by_hand = cut(bench, "s", volume), cut(bench, "t", volume, digests=False)
+    assert asked_for.record.manifest.entries == 1
+    # The first time makes them, as a class would have: the same content has the same digest.
+    assert bench.domain.verifier.verify(by_hand.record.handle, JobControl("by hand")).differences == ()
+    assert bench.snapshots.get(by_hand.record.handle).record.manifest == asked_for.record.manifest
+    for snapshot in (asked_for, by_hand):
+        assert bench.domain.verifier.verify(snapshot.record.handle, JobControl("by hand")).differences == ()
+        flip_a_byte(data_of(bench, snapshot) / "image")
+        found = bench.domain.verifier.verify(snapshot.record.handle, JobControl("by hand"))
+        assert [(each.what, each.path) for each in found.differences] == [("changed", "image")]
+    with pytest.raises(FailedPrecondition, match="image"):
+        make_image(bench, "restored", capability, source=source_of(asked_for), verify=True)
+    assert bench.leftovers() == []
 
 
 @pytest.mark.root

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import pathlib
 import stat
@@ -102,6 +103,24 @@ def test_over_42_on_xfs_a_snapshot_shares_every_extent_with_its_volume(cluster, 
     assert extents(story_server, f"/srv/xfs/default/{cluster.attach(cluster.use(clone))['directory']}/large") == {"shared"}
     cluster.detach(cluster.use(clone))
     cluster.unmount(cluster.use(origin))
+
+
+# Below 4.2 the server copies nothing, but the client's kernel does, without the data passing through the driver.
+@pytest.mark.parametrize(("pool", "method"), [("default", "reflink"), ("v41", "copy_file_range"), ("v3", "copy_file_range")])
+def test_what_a_share_can_do_is_tried_out_and_nothing_of_the_trial_stays(cluster, story_server, pool, method):
+    origin = cluster.create(f"tried-{pool}", pool=pool)
+    top = mounted(cluster, origin)
+    (top / "file").write_bytes(os.urandom(1 << 20))
+    shell(cluster.nodes[0], f"sync -f {cluster.use(origin).target}")
+    snapshot = cluster.snapshot(f"tried-{pool}", origin)
+    control = story_server.tree(f"/srv/xfs/{pool}/.csi")
+    record = json.loads((control / "snapshots" / f"{snapshot.rpartition('.')[2]}.json").read_text())
+    assert record["capture"]["method"] == method
+    assert record["consistency"] == "file by file"
+    assert not list((control / "staging").iterdir())
+    cluster.controller.insist("DeleteSnapshot", csi.DeleteSnapshotRequest(snapshot_id=snapshot))
+    cluster.unmount(cluster.use(origin))
+    cluster.delete(origin)
 
 
 def extents(server, path: str) -> set[str]:

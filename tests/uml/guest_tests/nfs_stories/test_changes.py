@@ -224,6 +224,36 @@ def test_restored_content_is_given_to_the_group_once(cluster):
     cluster.unmount(use)
 
 
+def test_a_file_that_a_squashed_root_may_not_read_is_named_and_nothing_is_left_of_what_was_captured(cluster, story_server):
+    volume = cluster.create("secretive", pool="squashed", mode="0777")
+    use = cluster.use(volume)
+    cluster.mount(use)
+    as_owner = ["/usr/bin/setpriv", "--reuid=1000", "--regid=1000", "--clear-groups", "--", "/bin/sh", "-c"]
+    made = f"cd {use.target} && mkdir folder && echo open >folder/open && echo hidden >folder/secret && chmod 600 folder/secret"
+    assert use.driver.node.run([*as_owner, made]).returncode == 0
+    control = story_server.tree("/srv/squashed/.csi")
+    for act in (
+        lambda: cluster.snapshot("secretive", volume),
+        lambda: cluster.create("secretive-clone", pool="squashed", volume=volume.handle),
+    ):
+        with refused("FAILED_PRECONDITION", "'folder/secret' cannot be copied whole"):
+            act()
+        assert not list((control / "staging").iterdir())
+        assert not list((control / "snapshots").glob("*.json"))
+        assert not list((control / "snapshots-data").iterdir())
+        assert len(list((control / "volumes").glob("*.json"))) == 1
+    # Once its owner lets it be read, the same request is carried out.
+    assert use.driver.node.run([*as_owner, f"chmod 644 {use.target}/folder/secret"]).returncode == 0
+    snapshot = cluster.snapshot("secretive", volume)
+    restored = cluster.create("secretive-restored", pool="squashed", snapshot=snapshot)
+    second = cluster.use(restored, 1)
+    assert shell(second, f"cat {cluster.mount(second)}/folder/secret") == "hidden\n"
+    for each, made_volume in ((use, volume), (second, restored)):
+        cluster.unmount(each)
+        cluster.delete(made_volume)
+    cluster.controller.insist("DeleteSnapshot", csi.DeleteSnapshotRequest(snapshot_id=snapshot))
+
+
 def test_a_root_squashing_server_works_and_what_it_cannot_do_is_said_with_what_would_help(cluster, story_server):
     volume = cluster.create("squashed", pool="squashed", mode="0777")
     use = cluster.use(volume)
