@@ -102,7 +102,8 @@ class ImageFilesystems:
             except CommandFailed as error:
                 raise Unavailable(f"the filesystem of volume {quoted(known.handle)} could not be grown yet: {error}") from error
 
-        self._jobs.run(f"growth of {known.handle}", work, time.monotonic() + _CHECK_WAIT_SECONDS)
+        # To this size: who wants more meanwhile must not take the growth that is under way for his own. The kernel lets in one at a time.
+        self._jobs.run(f"growth of {known.handle} to {size}", work, time.monotonic() + _CHECK_WAIT_SECONDS)
 
 
 def _check_key(handle: str) -> str:

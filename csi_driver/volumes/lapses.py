@@ -3,6 +3,7 @@ file, to another filesystem, where the mark of a volume is somebody else's. They
 """
 
 import errno
+from collections.abc import Iterator
 from dataclasses import replace
 
 from csi_driver.errors import NotFound
@@ -20,6 +21,7 @@ class Lapses:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._renewed: dict[str, LimiterKind | None] = {}
+        self._unsettled: set[str] = set()
 
     def lapse(self, store: PoolStore, record: VolumeRecord) -> str | None:
         """Say why a volume is not held to its size, although it was made so; None where it is, or nobody may ask.
@@ -64,23 +66,32 @@ class Lapses:
     def lost(self, store: PoolStore) -> list[str]:
         """List, by id, the volumes whose limits were lost when quotas were switched off and on again: btrfs forgets them.
 
-        All go at once, so while quotas are on as before one volume is asked for all. Raises Unavailable, OSError.
+        All go at once, so while quotas are on as before one volume is asked for all; once limits were lost, all volumes are asked until none
+        is without: one may have been in use when it was its turn. Raises Unavailable, OSError.
         """
         now, before = self.kind_now(store), self._renewed.get(store.name)
         self._renewed[store.name] = now
         if now is None:
             return []
-        held = (record for record in store.volumes.readable() if record.phase is Phase.READY and held_by(record) is not None)
-        first = next(held, None)
-        if first is None or (now is before and not self._has_lost(store, first)):
-            return []
-        return [record.id for record in (first, *held) if self._has_lost(store, record)]
+        if now is before and store.name not in self._unsettled:
+            sample = next((lost for _, lost in self._answers(store) if lost is not None), False)
+            if not sample:
+                return []
+        found = [record_id for record_id, lost in self._answers(store) if lost]
+        if found:
+            self._unsettled.add(store.name)
+        else:
+            self._unsettled.discard(store.name)
+        return found
 
-    def _has_lost(self, store: PoolStore, record: VolumeRecord) -> bool:
-        try:
-            return self.lapse(store, record) is not None
-        except (NotFound, OSError):  # a missing directory is health's to tell
-            return False
+    def _answers(self, store: PoolStore) -> Iterator[tuple[str, bool | None]]:
+        """Say of each volume that was made with a limit whether it has lost it; None where that cannot be told."""
+        for record in store.volumes.readable():
+            if record.phase is Phase.READY and held_by(record) is not None:
+                try:
+                    yield record.id, self.lapse(store, record) is not None
+                except (NotFound, OSError):  # a missing directory is health's to tell
+                    yield record.id, None
 
     def renew(self, store: PoolStore, record: VolumeRecord, should_stop: Stop) -> VolumeRecord:
         """Hold a volume again that lost its limit, or came from another filesystem; return its record as it then has to be.

@@ -64,7 +64,7 @@ class Orphans:
         return (
             bool(known.fault and known.staging_path)
             and not known.targets
-            and not os.path.lexists(Path(known.staging_path).parent)
+            and _has_gone(Path(known.staging_path).parent)
             and not self._volumes.is_anywhere(known)
         )
 
@@ -79,4 +79,15 @@ class Orphans:
         if not target.is_relative_to(self._pods) or target == self._pods:
             return False
         pod = self._pods / target.relative_to(self._pods).parts[0]
-        return not os.path.lexists(pod) and topmost_mount_at(target) is None
+        return _has_gone(pod) and topmost_mount_at(target) is None
+
+
+def _has_gone(path: Path) -> bool:
+    """Say that there is nothing at a path; whatever else keeps us from seeing it is no answer."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False

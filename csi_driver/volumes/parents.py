@@ -45,7 +45,11 @@ def remove_empty_parents(store: PoolStore, locks: KeyedLocks, stale: Callable[[s
     with store.open(PARENTS) as marks, store.open_root() as root:
         # The deepest first: then those above them may be empty, too.
         for directory, inode in sorted(_marks(marks), key=lambda mark: -mark[0].count("/")):
-            found = _look(root, directory)
+            try:
+                found = _look(root, directory)
+            except OSError as error:
+                _log.warning("a parent of volumes cannot be looked at", extra={"directory": directory, "error": str(error)})
+                continue
             if found is None or found[0] != inode:
                 _unmark(marks, directory)  # it has gone, or somebody has put another in its place
             elif found[1] and stale(f"parent {directory}"):
@@ -55,6 +59,10 @@ def remove_empty_parents(store: PoolStore, locks: KeyedLocks, stale: Callable[[s
 
 
 def _remove(store: PoolStore, root: int, marks: int, directory: str) -> int:
+    if any(record.directory == directory for record in store.volumes.readable()):
+        # Removed by somebody and made anew as a volume: a filesystem may give the same inode again, and the mark tells no difference.
+        _unmark(marks, directory)
+        return 0
     parent, _, name = directory.rpartition("/")
     descriptor = files.open_beneath(root, parent, _DIRECTORY) if parent else os.dup(root)
     try:
@@ -69,10 +77,10 @@ def _remove(store: PoolStore, root: int, marks: int, directory: str) -> int:
 
 
 def _look(root: int, directory: str) -> tuple[int, bool] | None:
-    """Return which inode a directory is, and whether it is empty; None where there is none."""
+    """Return which inode a directory is, and whether it is empty; None where there is none. Raises OSError where that cannot be told."""
     try:
         descriptor = files.open_beneath(root, directory, _DIRECTORY)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     try:
         with os.scandir(descriptor) as entries:

@@ -99,11 +99,17 @@ class Sweeper:
                 self._sweep_orphans(report, patient=True)
                 next_sweep = started + INTERVAL_SECONDS
             self._each_pool(self._empty_trash, report, patient=True)
+            if started + INTERVAL_SECONDS == next_sweep:
+                # Last: a volume from another disk is walked file by file, which may take hours.
+                self._each_pool(self._renew_limits, report, patient=True)
             observe(time.monotonic() - started, report)
             self._wake.wait(max(0.0, next_sweep - time.monotonic()))
 
     def sweep_leftovers(self) -> SweepReport:
-        """Complete and remove what a crash left, at once: for a start, before anybody is served. The trash is left for later."""
+        """Complete and remove what a crash left, at once: for a start, before anybody is served.
+
+        Trash and lapsed limits, which take as long as there are files, are left for later.
+        """
         report = SweepReport()
         self._each_pool(self._leftovers, report, patient=False)
         return report
@@ -113,6 +119,7 @@ class Sweeper:
         report = self.sweep_leftovers()
         self._sweep_orphans(report, patient=False)
         self._each_pool(self._empty_trash, report, patient=False)
+        self._each_pool(self._renew_limits, report, patient=False)
         return report
 
     def _each_pool(self, step: Callable[[PoolStore, SweepReport, bool], None], report: SweepReport, *, patient: bool) -> None:
@@ -155,7 +162,6 @@ class Sweeper:
         self._sweep_staging(store, report, stale)
         self._complete_deletions(store, report, stale)
         self._complete(store, report, stale)
-        self._renew_limits(store, report)
         report.parents += remove_empty_parents(store, self._locks, stale)
         for folder in (VOLUMES, SNAPSHOTS, GROUPS, PARENTS, MANIFESTS):
             with store.open(folder) as opened:
@@ -213,7 +219,7 @@ class Sweeper:
                     self._snapshots.remove(store, found)
                     _count(report, snapshot.phase)
 
-    def _renew_limits(self, store: PoolStore, report: SweepReport) -> None:
+    def _renew_limits(self, store: PoolStore, report: SweepReport, _patient: bool) -> None:
         """Hold volumes again whose limits went when quotas were switched off, or that came with their pool from another disk."""
         for record_id in self._lapses.lost(store):
             with self._one(store, report), self._hold(store, record_id):

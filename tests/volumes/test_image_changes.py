@@ -203,6 +203,29 @@ def test_a_full_filesystem_goes_on_after_it_has_grown_under_its_user(bench, kind
         os.fsync(file)
 
 
+def test_a_growth_that_is_under_way_is_not_taken_for_a_larger_one(bench, monkeypatch):
+    handle = make_image(bench, "v", filesystem("xfs")).record.handle
+    bench.stage(handle, filesystem("xfs"))
+    target = bench.publish(handle, "pod", filesystem("xfs"))
+    monkeypatch.setattr(image_mounts, "_CHECK_WAIT_SECONDS", 0.2)
+    goes_on, grow_mounted = threading.Event(), image_filesystems.grow_mounted
+
+    def slow(*arguments):
+        # The first one was begun with the first size, and ends as it was begun.
+        goes_on.wait(30)
+
+    monkeypatch.setattr(image_filesystems, "grow_mounted", slow)
+    with pytest.raises(OperationPending, match="growing the filesystem"):
+        grow(bench, handle, LEAST["xfs"] + 64 * MIB, str(target))
+    monkeypatch.setattr(image_filesystems, "grow_mounted", grow_mounted)
+    monkeypatch.setattr(image_mounts, "_CHECK_WAIT_SECONDS", 60.0)
+    threading.Timer(2, goes_on.set).start()
+    wanted = 2 * LEAST["xfs"]
+    assert grow(bench, handle, wanted, str(target)) == wanted
+    shown = os.statvfs(target)
+    assert shown.f_blocks * shown.f_frsize > 0.8 * wanted
+
+
 @pytest.mark.skipif("ext4" in CAN_GROW_MOUNTED, reason="this machine can grow a mounted ext4")
 def test_an_ext4_that_may_not_grow_now_grows_when_it_is_staged_next(bench):
     volume = make_image(bench, "v", filesystem())

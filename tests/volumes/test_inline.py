@@ -1,3 +1,5 @@
+import errno
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -232,6 +234,24 @@ def test_an_inline_volume_of_which_the_kubelet_has_anything_left_stays(bench, le
         bench.sweep()
     assert inline_name("csi-1") in [record.name for record in records(bench)]
     assert bench.domain.state.get("csi-1") is not None
+
+
+def test_an_inline_volume_whose_pods_directory_cannot_be_read_stays(bench, monkeypatch):
+    target, _ = publish(bench), publish(bench, "csi-2", "other")
+    lost_node(bench, target, wiped=False)
+    lstat = os.lstat
+
+    def broken(path, **named):
+        if Path(path) == target.parent:
+            raise OSError(errno.EIO, "the disk is broken")
+        return lstat(path, **named)
+
+    monkeypatch.setattr(os, "lstat", broken)
+    for _ in range(3):
+        bench.domain.sweeper._orphans.sweep(patient=True)
+    monkeypatch.undo()
+    assert bench.domain.state.get("csi-1") is not None
+    assert inline_name("csi-1") in [record.name for record in records(bench)]
 
 
 def test_an_inline_volume_that_its_pod_gets_again_meanwhile_stays(bench):

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import threading
@@ -307,6 +308,19 @@ def test_a_parent_that_an_admin_has_put_in_the_place_of_ours_or_put_something_in
     bench.sweep()
     assert (root / "replaced").is_dir()
     assert (root / "used" / "file").read_text() == "an admin's"
+
+
+def test_a_volume_that_got_the_place_and_the_inode_of_a_parent_of_ours_stays(bench):
+    root = bench.pool().backend.root()
+    bench.volumes.delete(bench.create("first", directory="team/first").record.handle)
+    mark = next((root / ".csi/parents").iterdir())
+    (root / "team").rmdir()  # an admin did it
+    volume = bench.create("second", directory="team")
+    # What a filesystem does that gives numbers again at once.
+    mark.write_text(json.dumps({"directory": "team", "inode": (root / "team").stat().st_ino}))
+    bench.sweep()
+    assert bench.path(volume).is_dir()
+    assert not mark.exists()
 
 
 def test_a_parent_below_which_somebody_makes_a_volume_is_not_taken_away(bench, monkeypatch):
