@@ -12,6 +12,7 @@ from pathlib import Path
 
 from csi_driver.backends.base import PoolBackend
 from csi_driver.errors import TatamiError
+from csi_driver.volumes.answers import NodeInfo
 from csi_driver.volumes.attachments import Attachments
 from csi_driver.volumes.capacity import PoolCapacity
 from csi_driver.volumes.captures import Captures
@@ -24,7 +25,7 @@ from csi_driver.volumes.jobs import Jobs
 from csi_driver.volumes.lapses import Lapses
 from csi_driver.volumes.limits import Limits
 from csi_driver.volumes.locks import KeyedLocks
-from csi_driver.volumes.model import NodeInfo, Topology
+from csi_driver.volumes.model import Topology
 from csi_driver.volumes.mount_groups import MountGroups
 from csi_driver.volumes.node import Node
 from csi_driver.volumes.node_state import NodeState

@@ -22,13 +22,15 @@ from csi_driver.linux import image_child, image_filesystems, loop_devices, mount
 from csi_driver.linux.bind_flags import parse_bind_flags
 from csi_driver.linux.holders import Holder
 from csi_driver.linux.mountinfo import topmost_mount_at
+from csi_driver.volumes.answers import Usage, UsageSource, VolumeStats
 from csi_driver.volumes.handles import parse_handle
 from csi_driver.volumes.image_mounts import ImageFilesystems
 from csi_driver.volumes.images import SECTOR_BYTES
 from csi_driver.volumes.jobs import Jobs
-from csi_driver.volumes.model import AccessMode, AccessType, Capability, Form, Layout, Usage, UsageSource, VolumeStats
+from csi_driver.volumes.model import AccessMode, AccessType, Form, Layout
 from csi_driver.volumes.node_state import NodeState, NodeVolumeRecord
 from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.requests import Capability
 from csi_driver.volumes.staging import take_back
 from csi_driver.volumes.unmounting import UNMOUNT_SECONDS
 

@@ -12,12 +12,13 @@ from csi_driver.linux import mounts
 from csi_driver.linux.mountinfo import topmost_mount_at
 from csi_driver.volumes.image_staging import ImageStaging
 from csi_driver.volumes.locks import KeyedLocks
-from csi_driver.volumes.model import AccessType, Capability, Form, Layout
+from csi_driver.volumes.model import AccessType, Form, Layout
 from csi_driver.volumes.mount_groups import MountGroups
 from csi_driver.volumes.mount_points import MountPoints
 from csi_driver.volumes.node_state import NodeState, NodeVolumeRecord
 from csi_driver.volumes.placement import Placement
 from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.requests import Capability
 from csi_driver.volumes.staging import DirectoryStaging, Staging
 from csi_driver.volumes.unmounting import Unmounting
 

@@ -21,6 +21,7 @@ from csi_driver.errors import (
 )
 from csi_driver.linux import files
 from csi_driver.volumes import access
+from csi_driver.volumes.answers import Volume
 from csi_driver.volumes.contents import Contents
 from csi_driver.volumes.fencing import Fence
 from csi_driver.volumes.finality import may_be_left, take_back
@@ -29,24 +30,12 @@ from csi_driver.volumes.jobs import JobControl, Jobs
 from csi_driver.volumes.limits import Holding, ImageHolding, Limits
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.lookup import find_ready
-from csi_driver.volumes.model import (
-    Capability,
-    CapacityRange,
-    CreateVolume,
-    Form,
-    Layout,
-    Limit,
-    LimiterKind,
-    OnDelete,
-    Page,
-    Phase,
-    Volume,
-    VolumeRecord,
-)
+from csi_driver.volumes.model import Form, Layout, Limit, LimiterKind, OnDelete, Phase, VolumeRecord
 from csi_driver.volumes.paging import take_page
 from csi_driver.volumes.pools import Pools, PoolStore, new_token
 from csi_driver.volumes.promises import Promises
 from csi_driver.volumes.removal import VolumeRemoval
+from csi_driver.volumes.requests import Capability, CapacityRange, CreateVolume, Page
 from csi_driver.volumes.sizes import Expansion, choose_size
 from csi_driver.volumes.sources import Sources
 from csi_driver.volumes.verification import Verifier

@@ -12,12 +12,13 @@ from csi_driver.errors import AlreadyExists, FailedPrecondition, InvalidArgument
 from csi_driver.linux.mountinfo import topmost_mount_at
 from csi_driver.volumes.handles import parse_handle
 from csi_driver.volumes.inline import InlineVolumes, is_inline
-from csi_driver.volumes.model import AccessMode, AccessType, Capability, PublishVolume
+from csi_driver.volumes.model import AccessMode, AccessType
 from csi_driver.volumes.mount_points import foreign, make_empty_directory, make_empty_file, remove_empty
 from csi_driver.volumes.node_state import NodeVolumeRecord, Target
 from csi_driver.volumes.node_volumes import NodeVolumes
 from csi_driver.volumes.placement import Placement, Placements
 from csi_driver.volumes.pools import Pools, new_token
+from csi_driver.volumes.requests import Capability, PublishVolume
 from csi_driver.volumes.staging import take_back
 
 _log = logging.getLogger(__name__)

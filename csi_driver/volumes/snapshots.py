@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from csi_driver.errors import AlreadyExists, InvalidArgument, NotFound, RecordDamaged, ResourceExhausted, quoted
 from csi_driver.linux import files
+from csi_driver.volumes.answers import Snapshot
 from csi_driver.volumes.captures import HoldToSource, consistency_of
 from csi_driver.volumes.contents import Contents
 from csi_driver.volumes.fencing import Fence
@@ -18,20 +19,11 @@ from csi_driver.volumes.handles import SNAPSHOT, parse_handle
 from csi_driver.volumes.jobs import JobControl, Jobs
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.lookup import is_shown
-from csi_driver.volumes.model import (
-    CaptureReport,
-    ContentSource,
-    CreateSnapshot,
-    Page,
-    Phase,
-    Snapshot,
-    SnapshotRecord,
-    SourceKind,
-    VolumeRecord,
-)
+from csi_driver.volumes.model import CaptureReport, ContentSource, Phase, SnapshotRecord, SourceKind, VolumeRecord
 from csi_driver.volumes.paging import take_page
 from csi_driver.volumes.pools import Pools, PoolStore, new_token
 from csi_driver.volumes.removal import SnapshotRemoval
+from csi_driver.volumes.requests import CreateSnapshot, Page
 from csi_driver.volumes.sources import Sources
 from csi_driver.volumes.verification import Verifier
 

@@ -15,12 +15,13 @@ from csi_driver.linux.mountinfo import topmost_mount_at
 from csi_driver.volumes.contents import content_key
 from csi_driver.volumes.finality import ASK_AGAIN
 from csi_driver.volumes.locks import KeyedLocks
-from csi_driver.volumes.model import AccessMode, Layout, StageVolume
+from csi_driver.volumes.model import AccessMode, Layout
 from csi_driver.volumes.mount_points import foreign, make_empty_directory
 from csi_driver.volumes.node_state import NodeVolumeRecord
 from csi_driver.volumes.node_volumes import NodeVolumes
 from csi_driver.volumes.placement import Placement, Placements
 from csi_driver.volumes.pools import Pools, PoolStore, new_token
+from csi_driver.volumes.requests import StageVolume
 
 
 class Stager:

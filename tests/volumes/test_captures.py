@@ -16,7 +16,8 @@ from csi_driver.linux import btrfs, trees
 from csi_driver.volumes.captures import FILE_BY_FILE, POINT_IN_TIME, HoldToSource
 from csi_driver.volumes.groups import POINT_IN_TIME_EACH
 from csi_driver.volumes.jobs import JobCancelled, JobControl
-from csi_driver.volumes.model import ContentSource, CreateSnapshot, OnDelete, SourceKind
+from csi_driver.volumes.model import ContentSource, OnDelete, SourceKind
+from csi_driver.volumes.requests import CreateSnapshot
 from csi_driver.volumes.turns import Turns
 
 pytestmark = pytest.mark.root

@@ -31,7 +31,8 @@ from csi_driver.errors import FailedPrecondition, InvalidArgument, OperationPend
 from csi_driver.linux import image_filesystems
 from csi_driver.linux.mountinfo import topmost_mount_at
 from csi_driver.volumes import image_mounts
-from csi_driver.volumes.model import AccessMode, CapacityRange, ContentSource, Layout, SourceKind
+from csi_driver.volumes.model import AccessMode, ContentSource, Layout, SourceKind
+from csi_driver.volumes.requests import CapacityRange
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_mounts")]
 CAN_GROW_MOUNTED = ("xfs", *(("ext4",) if image_filesystems.may_grow_mounted("ext4") else ()))

@@ -11,8 +11,9 @@ from csi_driver.errors import AlreadyExists, FailedPrecondition, InvalidArgument
 from csi_driver.linux.mountinfo import topmost_mount_at
 from csi_driver.volumes.handles import VOLUME
 from csi_driver.volumes.inline import inline_name
-from csi_driver.volumes.model import DEFAULT_CAPACITY_BYTES, AccessMode, OnDelete, Page
+from csi_driver.volumes.model import AccessMode, OnDelete
 from csi_driver.volumes.parameters import EPHEMERAL
+from csi_driver.volumes.requests import DEFAULT_CAPACITY_BYTES, Page
 
 pytestmark = pytest.mark.root
 

@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 from csi_driver.config import Budget, HostPathPool
 from csi_driver.errors import NotFound, OperationPending, OutOfRange, ResourceExhausted, Unavailable
 from csi_driver.volumes import promises
-from csi_driver.volumes.model import CapacityRange, ClassParameters, HealthLevel, OnDelete
+from csi_driver.volumes.answers import HealthLevel
+from csi_driver.volumes.model import OnDelete
 from csi_driver.volumes.parameters import EPHEMERAL
 from csi_driver.volumes.record_format import encode
+from csi_driver.volumes.requests import CapacityRange, ClassParameters
 
 DIGITS = str.maketrans("0123456789", "abcdefghij")
 
