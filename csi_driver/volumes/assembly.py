@@ -33,7 +33,8 @@ from csi_driver.volumes.node_volumes import NodeVolumes
 from csi_driver.volumes.nodes import Nodes
 from csi_driver.volumes.orphans import Orphans
 from csi_driver.volumes.placement import Placements
-from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.pools import Pools
 from csi_driver.volumes.promises import Promises
 from csi_driver.volumes.provisioner import Provisioner
 from csi_driver.volumes.publisher import Publisher

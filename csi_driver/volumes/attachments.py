@@ -12,7 +12,8 @@ from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import Form, NodePublication, Phase, VolumeRecord
 from csi_driver.volumes.nodes import Nodes
 from csi_driver.volumes.placement import find_static, publish_context, static_store
-from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.pools import Pools
 from csi_driver.volumes.requests import Capability
 
 

@@ -8,7 +8,8 @@ from csi_driver.volumes.answers import Capacity
 from csi_driver.volumes.images import fitting_size
 from csi_driver.volumes.limits import Limits
 from csi_driver.volumes.model import Topology
-from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.pools import Pools
 from csi_driver.volumes.promises import Promises
 from csi_driver.volumes.requests import Capability, ClassParameters
 

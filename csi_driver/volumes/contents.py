@@ -26,6 +26,7 @@ from csi_driver.errors import (
 from csi_driver.linux import btrfs, files
 from csi_driver.linux.system_calls import InodeReader
 from csi_driver.linux.trees import apply_owner_and_mode
+from csi_driver.volumes.attempts import staging_name, trash_staging
 from csi_driver.volumes.captures import Captures, Hold, HoldNothing
 from csi_driver.volumes.fencing import Fence
 from csi_driver.volumes.images import AT_ONCE, forget_holder, image_size, in_use, look_at_image, make_image, resize_image
@@ -43,7 +44,8 @@ from csi_driver.volumes.model import (
     VolumeRecord,
 )
 from csi_driver.volumes.parents import mark_made, place_lock
-from csi_driver.volumes.pools import SNAPSHOT_DATA, STAGING, PoolStore, exists_at
+from csi_driver.volumes.pool_layout import SNAPSHOT_DATA, STAGING, exists_at
+from csi_driver.volumes.pool_store import PoolStore
 from csi_driver.volumes.trash import volumes_being_deleted
 
 _NEW_VOLUME_MODE = 0o755
@@ -84,7 +86,7 @@ class Contents:
     def make_empty(self, store: PoolStore, record: VolumeRecord, hold: Hold) -> None:
         """Make an empty directory in staging, held to its size and owned as the class asks for, or one that holds an empty image."""
         with store.open(STAGING) as staging:
-            name = _staging_name(record.id, record.token)
+            name = staging_name(record.id, record.token)
             self._captures.make_empty(store, staging, name, hold)
             if record.form.layout is Layout.IMAGE:
                 with _open_staged(staging, name) as top:
@@ -111,8 +113,8 @@ class Contents:
         content is missing, or an image that a node has and that this pool cannot capture at once, OutOfRange for one that is larger,
         JobCancelled, OSError (ENOSPC, EIO).
         """
-        store.trash_staging(record_id)  # of earlier attempts; one that is still at work lost its lock, and ends when it asks
-        name = _staging_name(record_id, token)
+        trash_staging(store, record_id)  # of earlier attempts; one that is still at work lost its lock, and ends when it asks
+        name = staging_name(record_id, token)
         with _open_source(source) as origin, store.open(STAGING) as staging:
             job.begin("copying", source.bytes)
             if source.form.layout is Layout.IMAGE:
@@ -130,7 +132,7 @@ class Contents:
             raise in_use(store.name)
         report = self._captures.capture(store, origin, staging, name, from_volume, job, HoldNothing())
         if report.method not in AT_ONCE and (before.held or look_at_image(origin) != before):
-            store.trash_staging(*name.split(".", 1))
+            trash_staging(store, *name.split(".", 1))
             raise in_use(store.name)
         with _open_staged(staging, name) as top:
             forget_holder(top.fd)
@@ -147,7 +149,7 @@ class Contents:
         """Return the bytes of the image that was captured for a snapshot; None of a directory, which has no size of its own."""
         if record.form.layout is not Layout.IMAGE:
             return None
-        name = _staging_name(record.id, record.token)
+        name = staging_name(record.id, record.token)
         with store.open(STAGING) as staging, _open_staged(staging, name) as top:
             return image_size(top.fd)
 
@@ -169,7 +171,7 @@ class Contents:
 
     def discard(self, store: PoolStore, record_id: str, token: str = "") -> None:
         """Throw away what is being built for `record_id`, by the attempt with this token or by all."""
-        store.trash_staging(record_id, token)
+        trash_staging(store, record_id, token)
 
     # --- move into place ----------------------------------------------------------------------------------------------------------
 
@@ -197,7 +199,7 @@ class Contents:
         with self._hold_place(store, record.directory):
             self._make_parents(store, record.directory)
             with store.open_parent(record.directory) as (parent, name), store.open(STAGING) as staging, ExitStack() as held:
-                staged = _staging_name(record.id, record.token)
+                staged = staging_name(record.id, record.token)
                 claimed_before = self._check_free(store, record, parent, name)
                 with _open_staged(staging, staged) as content:
                     inode = btrfs.identity_of(content.fd)
@@ -242,7 +244,7 @@ class Contents:
 
         It lasts there as soon as the record that says ready does.
         """
-        record_id, name = record.id, _staging_name(record.id, record.token)
+        record_id, name = record.id, staging_name(record.id, record.token)
         self._snapshot_fence.require(store, store.snapshots, record)
         store.snapshots.replace(record, settle=files.order_directory)
         with store.open(STAGING) as staging, store.open(SNAPSHOT_DATA) as data:
@@ -411,10 +413,6 @@ def _parents(directory: str) -> list[str]:
     """List the directories above `directory`, topmost first."""
     components = directory.split("/")
     return ["/".join(components[:depth]) for depth in range(1, len(components))]
-
-
-def _staging_name(record_id: str, token: str) -> str:
-    return f"{record_id}.{token}"
 
 
 def _exists(store: PoolStore, directory: str) -> InvalidArgument:

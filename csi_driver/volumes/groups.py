@@ -13,7 +13,9 @@ from csi_driver.volumes.handles import GROUP, SNAPSHOT, parse_handle
 from csi_driver.volumes.jobs import JobControl, Jobs
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import ContentSource, GroupRecord, Phase, SnapshotRecord, SourceKind, VolumeRecord
-from csi_driver.volumes.pools import Pools, PoolStore, new_token
+from csi_driver.volumes.pool_layout import new_token
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.pools import Pools
 from csi_driver.volumes.removal import SnapshotRemoval
 from csi_driver.volumes.snapshots import Snapshots, show
 from csi_driver.volumes.sources import Sources

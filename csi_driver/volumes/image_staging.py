@@ -29,7 +29,8 @@ from csi_driver.volumes.images import SECTOR_BYTES
 from csi_driver.volumes.jobs import Jobs
 from csi_driver.volumes.model import AccessMode, AccessType, Form, Layout
 from csi_driver.volumes.node_state import NodeState, NodeVolumeRecord
-from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.pools import Pools
 from csi_driver.volumes.requests import Capability
 from csi_driver.volumes.staging import take_back
 from csi_driver.volumes.unmounting import UNMOUNT_SECONDS

@@ -11,7 +11,8 @@ from csi_driver.errors import InvalidArgument
 from csi_driver.volumes.handles import VOLUME
 from csi_driver.volumes.model import Layout, Ownership, VolumeRecord
 from csi_driver.volumes.parameters import EPHEMERAL, parse_inline_parameters
-from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.pools import Pools
 from csi_driver.volumes.provisioner import Provisioner
 from csi_driver.volumes.requests import DEFAULT_CAPACITY_BYTES, Capability, CapacityRange, ClassParameters, CreateVolume
 

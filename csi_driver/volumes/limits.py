@@ -11,7 +11,8 @@ from csi_driver.linux.filesystem_ids import filesystem_id
 from csi_driver.volumes.answers import Usage, UsageSource, VolumeStats
 from csi_driver.volumes.limiters import HARD, LIMITERS, NONE, SWITCHED_OFF, Limiter, Means, find_means, switched_on
 from csi_driver.volumes.model import Form, Layout, Limit, LimiterKind, LimitPolicy, VolumeRecord
-from csi_driver.volumes.pools import STAGING, PoolStore
+from csi_driver.volumes.pool_layout import STAGING
+from csi_driver.volumes.pool_store import PoolStore
 from csi_driver.volumes.requests import ClassParameters
 
 NO_SUBVOLUME = "what lies there is no btrfs subvolume"

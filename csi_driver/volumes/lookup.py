@@ -2,7 +2,8 @@
 
 from csi_driver.errors import NotFound, RecordDamaged, quoted
 from csi_driver.volumes.model import Phase, SnapshotRecord, VolumeRecord
-from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.pools import Pools
 
 
 def find_ready(pools: Pools, handle: str) -> tuple[PoolStore, VolumeRecord]:

@@ -15,7 +15,8 @@ from csi_driver.volumes.limits import Limits
 from csi_driver.volumes.model import Layout, VolumeRecord
 from csi_driver.volumes.node_state import NodeVolumeRecord
 from csi_driver.volumes.node_volumes import NodeVolumes
-from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.pools import Pools
 from csi_driver.volumes.publisher import Publisher
 from csi_driver.volumes.requests import CapacityRange, PublishVolume, StageVolume
 from csi_driver.volumes.services import VolumeService

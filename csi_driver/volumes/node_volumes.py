@@ -17,7 +17,8 @@ from csi_driver.volumes.mount_groups import MountGroups
 from csi_driver.volumes.mount_points import MountPoints
 from csi_driver.volumes.node_state import NodeState, NodeVolumeRecord
 from csi_driver.volumes.placement import Placement
-from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.pools import Pools
 from csi_driver.volumes.requests import Capability
 from csi_driver.volumes.staging import DirectoryStaging, Staging
 from csi_driver.volumes.unmounting import Unmounting

@@ -13,7 +13,8 @@ from typing import TypeVar
 
 from csi_driver.errors import OperationPending, quoted
 from csi_driver.volumes.handles import ID_PATTERN
-from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.pools import Pools
 from csi_driver.volumes.requests import Page
 
 E = TypeVar("E")

@@ -15,7 +15,8 @@ from contextlib import suppress
 from csi_driver.errors import OperationPending
 from csi_driver.linux import btrfs, files
 from csi_driver.volumes.locks import KeyedLocks
-from csi_driver.volumes.pools import PARENTS, PoolStore
+from csi_driver.volumes.pool_layout import PARENTS
+from csi_driver.volumes.pool_store import PoolStore
 
 _MARK_BYTES = 65536
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -22,6 +22,7 @@ from csi_driver.errors import (
 from csi_driver.linux import files
 from csi_driver.volumes import access
 from csi_driver.volumes.answers import Volume
+from csi_driver.volumes.attempts import drop_empty_staging
 from csi_driver.volumes.contents import Contents
 from csi_driver.volumes.fencing import Fence
 from csi_driver.volumes.finality import may_be_left, take_back
@@ -32,7 +33,9 @@ from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.lookup import find_ready
 from csi_driver.volumes.model import Form, Layout, Limit, LimiterKind, OnDelete, Phase, VolumeRecord
 from csi_driver.volumes.paging import take_page
-from csi_driver.volumes.pools import Pools, PoolStore, new_token
+from csi_driver.volumes.pool_layout import new_token
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.pools import Pools
 from csi_driver.volumes.promises import Promises
 from csi_driver.volumes.removal import VolumeRemoval
 from csi_driver.volumes.requests import Capability, CapacityRange, CreateVolume, Page
@@ -263,7 +266,7 @@ class Provisioner:
         if current is not None and self._contents.is_in_place(store, current):
             return False  # only the last steps failed: a retry completes them
         if _is_made_at_once(record):
-            store.drop_empty_staging(record.id, record.token)
+            drop_empty_staging(store, record.id, record.token)
         else:
             self._contents.discard(store, record.id, record.token)
         if current is not None:

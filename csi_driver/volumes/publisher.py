@@ -17,7 +17,8 @@ from csi_driver.volumes.mount_points import foreign, make_empty_directory, make_
 from csi_driver.volumes.node_state import NodeVolumeRecord, Target
 from csi_driver.volumes.node_volumes import NodeVolumes
 from csi_driver.volumes.placement import Placement, Placements
-from csi_driver.volumes.pools import Pools, new_token
+from csi_driver.volumes.pool_layout import new_token
+from csi_driver.volumes.pools import Pools
 from csi_driver.volumes.requests import Capability, PublishVolume
 from csi_driver.volumes.staging import take_back
 

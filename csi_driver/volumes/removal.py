@@ -14,12 +14,14 @@ from dataclasses import replace
 from csi_driver.errors import FailedPrecondition, OperationPending
 from csi_driver.linux import files
 from csi_driver.linux.renames import rename_directory
+from csi_driver.volumes.attempts import trash_staging
 from csi_driver.volumes.contents import Contents, content_key
 from csi_driver.volumes.handles import SNAPSHOT, VOLUME
 from csi_driver.volumes.limits import Limits
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import OnDelete, Phase, SnapshotRecord, VolumeRecord
-from csi_driver.volumes.pools import ARCHIVE_DIRECTORY, ARCHIVED, RETAINED, PoolStore, archived_place, exists_at, new_token
+from csi_driver.volumes.pool_layout import ARCHIVE_DIRECTORY, ARCHIVED, RETAINED, archived_place, exists_at, new_token
+from csi_driver.volumes.pool_store import PoolStore
 from csi_driver.volumes.trash import begin_deletion, unfinished_deletions
 
 _log = logging.getLogger(__name__)
@@ -123,7 +125,7 @@ class SnapshotRemoval:
 
     def take(self, store: PoolStore, record: SnapshotRecord) -> None:
         """Delete a snapshot that the caller holds."""
-        store.trash_staging(record.id)
+        trash_staging(store, record.id)
         deletion = begin_deletion(store, SNAPSHOT, store.snapshots, record.id)
         deletion.take_snapshot()
         deletion.complete()

@@ -21,10 +21,13 @@ from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.lookup import is_shown
 from csi_driver.volumes.model import CaptureReport, ContentSource, Phase, SnapshotRecord, SourceKind, VolumeRecord
 from csi_driver.volumes.paging import take_page
-from csi_driver.volumes.pools import Pools, PoolStore, new_token
+from csi_driver.volumes.pool_layout import new_token
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.pools import Pools
 from csi_driver.volumes.removal import SnapshotRemoval
 from csi_driver.volumes.requests import CreateSnapshot, Page
 from csi_driver.volumes.sources import Sources
+from csi_driver.volumes.trash import discard_snapshot_data
 from csi_driver.volumes.verification import Verifier
 
 
@@ -205,7 +208,7 @@ class Snapshots:
                 self._contents.discard(store, record_id, token)
             return False
         self._contents.discard(store, record_id, token)
-        store.discard_snapshot_data(record_id)
+        discard_snapshot_data(store, record_id)
         store.snapshots.remove(record_id)
         return True
 

@@ -20,7 +20,9 @@ from csi_driver.volumes.mount_points import foreign, make_empty_directory
 from csi_driver.volumes.node_state import NodeVolumeRecord
 from csi_driver.volumes.node_volumes import NodeVolumes
 from csi_driver.volumes.placement import Placement, Placements
-from csi_driver.volumes.pools import Pools, PoolStore, new_token
+from csi_driver.volumes.pool_layout import new_token
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.pools import Pools
 from csi_driver.volumes.requests import StageVolume
 
 

@@ -16,7 +16,7 @@ from csi_driver.errors import DeadlineExceeded, OperationPending
 from csi_driver.linux.trees import measure_tree
 from csi_driver.volumes.answers import Usage, UsageSource, VolumeStats
 from csi_driver.volumes.jobs import REPLY_MARGIN_SECONDS, JobControl, Jobs
-from csi_driver.volumes.pools import PoolStore
+from csi_driver.volumes.pool_store import PoolStore
 
 _log = logging.getLogger(__name__)
 
