@@ -40,6 +40,7 @@ from csi_driver.volumes.provisioner import Provisioner
 from csi_driver.volumes.publisher import Publisher
 from csi_driver.volumes.removal import SnapshotRemoval, VolumeRemoval
 from csi_driver.volumes.services import Services
+from csi_driver.volumes.snapshot_places import SnapshotPlaces
 from csi_driver.volumes.snapshots import Snapshots
 from csi_driver.volumes.sources import Sources
 from csi_driver.volumes.stager import Stager
@@ -47,6 +48,7 @@ from csi_driver.volumes.sweeper import Sweeper
 from csi_driver.volumes.turns import Turns
 from csi_driver.volumes.usage import UsageCounter
 from csi_driver.volumes.verification import Verifier
+from csi_driver.volumes.volume_places import VolumePlaces
 
 _PREPARE_SECONDS = 10.0
 """How long a start waits for pools behind servers; what takes longer goes on by itself."""
@@ -143,11 +145,12 @@ def assemble(installation: Installation) -> Domain:
     locks, jobs, limits, turns = KeyedLocks(), Jobs(), Limits(), Turns()
     node_jobs = Jobs()  # their own: however many copies wait, what a pod waits for on this node is not refused
     promises, lapses = Promises(locks), Lapses(limits)
-    contents, sources = Contents(locks, Captures(turns)), Sources(pools, locks, limits)
-    volume_removal, snapshot_removal = VolumeRemoval(locks, contents, limits), SnapshotRemoval(locks)
+    contents, sources = Contents(Captures(turns)), Sources(pools, locks, limits)
+    volume_places, snapshot_places = VolumePlaces(locks), SnapshotPlaces(locks)
+    volume_removal, snapshot_removal = VolumeRemoval(locks, volume_places, limits), SnapshotRemoval(locks)
     verifier = Verifier(locks, contents, sources, turns)
-    provisioner = Provisioner(pools, locks, jobs, contents, sources, volume_removal, verifier, promises, limits)
-    snapshots = Snapshots(pools, locks, jobs, contents, sources, snapshot_removal, verifier)
+    provisioner = Provisioner(pools, locks, jobs, contents, volume_places, sources, volume_removal, verifier, promises, limits)
+    snapshots = Snapshots(pools, locks, jobs, contents, snapshot_places, sources, snapshot_removal, verifier)
     groups = Groups(pools, locks, jobs, snapshots, sources, snapshot_removal)
     health = Health(pools, promises, lapses)
     state = NodeState(installation.state_directory, installation.driver)

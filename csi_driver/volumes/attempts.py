@@ -5,16 +5,36 @@ is given up by name: into the trash, by a rename.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from csi_driver.errors import LockLost
 from csi_driver.linux.project_limits import lift_limit
 from csi_driver.volumes.pool_layout import STAGING
 from csi_driver.volumes.pool_store import PoolStore
 from csi_driver.volumes.trash import discard
 
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
 
 def staging_name(record_id: str, token: str) -> str:
     """Name what the attempt `token` at `record_id` builds."""
     return f"{record_id}.{token}"
+
+
+@contextmanager
+def open_staged(staging: int, name: str) -> Iterator[int]:
+    """Open what this attempt has built. Raises LockLost where it has been thrown away."""
+    try:
+        descriptor = os.open(name, _DIRECTORY, dir_fd=staging)
+    except FileNotFoundError as error:
+        raise LockLost(
+            f"what was being made as {name} was thrown away: another controller has taken it over; try again"
+        ) from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def drop_empty_staging(store: PoolStore, record_id: str, token: str) -> None:

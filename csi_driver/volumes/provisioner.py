@@ -22,7 +22,7 @@ from csi_driver.errors import (
 from csi_driver.linux import files
 from csi_driver.volumes import access
 from csi_driver.volumes.answers import Volume
-from csi_driver.volumes.attempts import drop_empty_staging
+from csi_driver.volumes.attempts import drop_empty_staging, trash_staging
 from csi_driver.volumes.contents import Contents
 from csi_driver.volumes.fencing import Fence
 from csi_driver.volumes.finality import may_be_left, take_back
@@ -42,6 +42,7 @@ from csi_driver.volumes.requests import Capability, CapacityRange, CreateVolume,
 from csi_driver.volumes.sizes import Expansion, choose_size
 from csi_driver.volumes.sources import Sources
 from csi_driver.volumes.verification import Verifier
+from csi_driver.volumes.volume_places import VolumePlaces
 
 
 class Provisioner:
@@ -53,6 +54,7 @@ class Provisioner:
         locks: KeyedLocks,
         jobs: Jobs,
         contents: Contents,
+        places: VolumePlaces,
         sources: Sources,
         removal: VolumeRemoval,
         verifier: Verifier,
@@ -63,6 +65,7 @@ class Provisioner:
         self._locks = locks
         self._jobs = jobs
         self._contents = contents
+        self._places = places
         self._sources = sources
         self._removal = removal
         self._verifier = verifier
@@ -144,7 +147,7 @@ class Provisioner:
             if record is None:
                 self._removal.complete(store, record_id)
                 record = self._begin(store, record_id, request)
-            elif record.phase is Phase.CREATING and not self._contents.is_in_place(store, record):
+            elif record.phase is Phase.CREATING and not self._places.is_in_place(store, record):
                 record = self._fence.take_over(store, store.volumes, record)
             if record.phase is Phase.CREATING:
                 record = self._complete(store, record, job)
@@ -223,19 +226,19 @@ class Provisioner:
         has its token is touched.
         """
         what = f"volume {record.handle}"
-        if add is None and self._contents.is_in_place(store, record):
+        if add is None and self._places.is_in_place(store, record):
             with may_be_left(what):
-                return self._contents.make_ready(store, record)
+                return self._places.make_ready(store, record)
         try:
             holding = self._limits.holding(store, record)
             if record.source is None:
                 if add is None:
-                    self._contents.discard(store, record.id)
+                    trash_staging(store, record.id)
                 self._contents.make_empty(store, record, holding)
             else:
                 record = self._fill(store, record, job, holding)
             claim = add or (lambda record: self._replace_own(store, record))
-            return self._contents.place_volume(store, replace(record, limit=holding.limit), claim)
+            return self._places.place(store, replace(record, limit=holding.limit), claim)
         except BaseException as error:  # noqa: BLE001 - raised again
             take_back(error, lambda: self._give_up(store, record), what)
 
@@ -258,19 +261,19 @@ class Provisioner:
     def _give_up(self, store: PoolStore, record: VolumeRecord) -> bool:
         """Take back what was made of a volume, and tell whether nothing is left."""
         if not self._locks.is_held(store, f"volume:{record.id}"):
-            self._contents.discard(store, record.id, record.token)
+            trash_staging(store, record.id, record.token)
             return False  # the rest may be another's by now
         current = store.volumes.get(record.id)
         if current is not None and current.token != record.token:
             current = None  # another's, who was first
-        if current is not None and self._contents.is_in_place(store, current):
+        if current is not None and self._places.is_in_place(store, current):
             return False  # only the last steps failed: a retry completes them
         if _is_made_at_once(record):
             drop_empty_staging(store, record.id, record.token)
         else:
-            self._contents.discard(store, record.id, record.token)
+            trash_staging(store, record.id, record.token)
         if current is not None:
-            self._contents.release_claim(store, current)
+            self._places.release_claim(store, current)
             store.volumes.remove(record.id)
         return True
 

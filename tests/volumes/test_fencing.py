@@ -52,9 +52,9 @@ def source(bench):
     return volume
 
 
-@pytest.mark.parametrize("step", ["place_volume", "_show_ready"])
+@pytest.mark.parametrize("step", ["place", "_show_ready"])
 def test_a_clone_whose_lock_was_lost_changes_nothing_of_what_another_has_made(bench, source, monkeypatch, step):
-    slow = Slow(monkeypatch, bench.volumes._contents, step, lambda: bench.clone("new", source))
+    slow = Slow(monkeypatch, bench.volumes._places, step, lambda: bench.clone("new", source))
     lose_all_locks(bench)
     other = bench.restarted()
     made = other.clone("new", source)
@@ -68,10 +68,10 @@ def test_a_clone_whose_lock_was_lost_changes_nothing_of_what_another_has_made(be
 
 
 def test_a_clone_whose_lock_was_lost_leaves_what_another_is_making_alone(bench, source, monkeypatch):
-    first = Slow(monkeypatch, bench.volumes._contents, "place_volume", lambda: bench.clone("new", source))
+    first = Slow(monkeypatch, bench.volumes._places, "place", lambda: bench.clone("new", source))
     lose_all_locks(bench)
     other = bench.restarted()
-    second = Slow(monkeypatch, other.volumes._contents, "place_volume", lambda: other.clone("new", source))
+    second = Slow(monkeypatch, other.volumes._places, "place", lambda: other.clone("new", source))
     assert isinstance(first.go_on(), LockLost)
     made = second.go_on()
     assert seen(other.path(made)) == seen(other.path(source))
@@ -81,7 +81,7 @@ def test_a_clone_whose_lock_was_lost_leaves_what_another_is_making_alone(bench, 
 
 def test_a_clone_whose_lock_was_lost_to_nobody_is_made_by_the_retry(bench, source, monkeypatch):
     with monkeypatch.context() as patched:
-        slow = Slow(patched, bench.volumes._contents, "place_volume", lambda: bench.clone("new", source))
+        slow = Slow(patched, bench.volumes._places, "place", lambda: bench.clone("new", source))
         lose_all_locks(bench)
         assert isinstance(slow.go_on(), LockLost)
     made = bench.clone("new", source)
@@ -94,7 +94,7 @@ def test_a_failed_clone_whose_lock_was_lost_takes_nothing_back_that_is_anothers(
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(bench.volumes._contents, "place_volume", fail)
+    monkeypatch.setattr(bench.volumes._places, "place", fail)
     slow = Slow(monkeypatch, bench.volumes, "_give_up", lambda: bench.clone("new", source))
     lose_all_locks(bench)
     other = bench.restarted()
@@ -104,9 +104,9 @@ def test_a_failed_clone_whose_lock_was_lost_takes_nothing_back_that_is_anothers(
     assert seen(other.path(made)) == seen(other.path(source))
 
 
-@pytest.mark.parametrize("step", ["place_snapshot", "seal_snapshot"])
+@pytest.mark.parametrize("step", ["place", "seal"])
 def test_a_snapshot_whose_lock_was_lost_changes_nothing_of_what_another_has_cut(bench, source, monkeypatch, step):
-    slow = Slow(monkeypatch, bench.snapshots._contents, step, lambda: bench.snapshot("s", source))
+    slow = Slow(monkeypatch, bench.snapshots._places, step, lambda: bench.snapshot("s", source))
     lose_all_locks(bench)
     other = bench.restarted()
     made = other.snapshot("s", source)
