@@ -17,6 +17,7 @@ from csi_driver.volumes.attachments import Attachments
 from csi_driver.volumes.capacity import PoolCapacity
 from csi_driver.volumes.captures import Captures
 from csi_driver.volumes.contents import Contents
+from csi_driver.volumes.creation import VolumeCreation
 from csi_driver.volumes.groups import Groups
 from csi_driver.volumes.health import Health
 from csi_driver.volumes.image_staging import ImageStaging, boot_id
@@ -40,6 +41,7 @@ from csi_driver.volumes.provisioner import Provisioner
 from csi_driver.volumes.publisher import Publisher
 from csi_driver.volumes.removal import SnapshotRemoval, VolumeRemoval
 from csi_driver.volumes.services import Services
+from csi_driver.volumes.sizes import Expansion
 from csi_driver.volumes.snapshot_places import SnapshotPlaces
 from csi_driver.volumes.snapshots import Snapshots
 from csi_driver.volumes.sources import Sources
@@ -84,7 +86,6 @@ class Domain:
     node_jobs: Jobs
     sweeper: Sweeper
     state: NodeState
-    provisioner: Provisioner
     verifier: Verifier
     promises: Promises
 
@@ -149,7 +150,9 @@ def assemble(installation: Installation) -> Domain:
     volume_places, snapshot_places = VolumePlaces(locks), SnapshotPlaces(locks)
     volume_removal, snapshot_removal = VolumeRemoval(locks, volume_places, limits), SnapshotRemoval(locks)
     verifier = Verifier(locks, contents, sources, turns)
-    provisioner = Provisioner(pools, locks, jobs, contents, volume_places, sources, volume_removal, verifier, promises, limits)
+    creation = VolumeCreation(pools, locks, jobs, contents, volume_places, sources, volume_removal, verifier, promises, limits)
+    expansion = Expansion(pools, locks, promises, contents, limits)
+    provisioner = Provisioner(pools, locks, jobs, creation, volume_removal, expansion)
     snapshots = Snapshots(pools, locks, jobs, contents, snapshot_places, sources, snapshot_removal, verifier)
     groups = Groups(pools, locks, jobs, snapshots, sources, snapshot_removal)
     health = Health(pools, promises, lapses)
@@ -182,4 +185,4 @@ def assemble(installation: Installation) -> Domain:
     swept = {name: store for name, store in stores.items() if controller or not store.backend.remote}
     orphans = Orphans(node_volumes, installation.kubelet_dir, publisher.remove_inline_leftovers) if installation.node else None
     sweeper = Sweeper(Pools(swept, None), locks, volume_removal, snapshot_removal, groups, lapses, trash_filled, orphans)
-    return Domain(services, pools, jobs, node_jobs, sweeper, state, provisioner, verifier, promises)
+    return Domain(services, pools, jobs, node_jobs, sweeper, state, verifier, promises)

@@ -73,7 +73,7 @@ class Held:
 
     @property
     def limits(self):
-        return self.bench.volumes._limits
+        return self.bench.volumes._creation._limits
 
     def create(self, name, size=SIZE, source=None, **parameters):
         request = replace(self.bench.request(name, size, source), parameters=ClassParameters(**parameters))

@@ -275,7 +275,7 @@ def test_a_directory_that_another_volume_took_meanwhile_is_not_mistaken_for_ours
     """The top of every subvolume has the same inode number; who owns a place is told by something else."""
     taken = btrfs_bench.create("taken", directory="place")
     other = btrfs_bench.create("other")
-    places = btrfs_bench.volumes._places
+    places = btrfs_bench.volumes._creation._places
     from dataclasses import replace
 
     record = btrfs_bench.pool().volumes.get(other.record.id)

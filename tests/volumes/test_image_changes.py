@@ -287,7 +287,7 @@ def test_nothing_ever_shrinks(bench):
 def test_an_expansion_that_was_cut_off_is_completed_by_its_retry(bench, monkeypatch):
     volume = make_image(bench, "v", block())
     target = publish_alone(bench, volume, block(), "pod")
-    monkeypatch.setattr(bench.volumes._contents, "resize", lambda *_: (_ for _ in ()).throw(OSError(5, "cut off")))
+    monkeypatch.setattr(bench.volumes._creation._contents, "resize", lambda *_: (_ for _ in ()).throw(OSError(5, "cut off")))
     with pytest.raises(OSError, match="cut off"):
         bench.volumes.expand(volume.record.handle, CapacityRange(40 * MIB), None)
     with target.open("rb") as device:
@@ -397,7 +397,7 @@ def test_block_is_cloned_and_restored_bit_by_bit(bench):
 
 
 def test_an_image_in_use_is_not_copied_bit_by_bit(bench):
-    if bench.domain.services.volumes._contents._captures.abilities_of(bench.pool()).best in {"subvolume", "reflink"}:
+    if bench.domain.services.volumes._creation._contents._captures.abilities_of(bench.pool()).best in {"subvolume", "reflink"}:
         pytest.skip("needs a scratch directory on a filesystem without reflinks")
     volume = make_image(bench, "v", filesystem())
     staging = bench.stage(volume.record.handle, filesystem())

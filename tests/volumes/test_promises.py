@@ -325,7 +325,7 @@ def test_whoever_keeps_the_lock_of_the_pool_is_waited_for_and_not_for_ever(small
     monkeypatch.setattr(promises, "WAIT_SECONDS", 0.5)
     other = small.restarted()
     began, finish = threading.Event(), threading.Event()
-    gate = other.domain.services.volumes._promises.gate(other.pool(), "x" * 26, MIB, MIB)
+    gate = other.domain.promises.gate(other.pool(), "x" * 26, MIB, MIB)
 
     def hold():
         with gate:
@@ -423,7 +423,7 @@ def test_volumes_that_are_attached_all_the_time_do_not_slip_through_the_counting
     attaching.start()
     try:
         for _ in range(60):
-            assert bench.domain.services.volumes._promises.room(bench.pool()).promised_bytes == 3001 * MIB
+            assert bench.domain.promises.room(bench.pool()).promised_bytes == 3001 * MIB
     finally:
         stop.set()
         attaching.join()
