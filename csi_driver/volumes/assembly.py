@@ -12,6 +12,7 @@ from pathlib import Path
 
 from csi_driver.backends.base import PoolBackend
 from csi_driver.errors import TatamiError
+from csi_driver.linux.holders import boot_id
 from csi_driver.volumes.answers import NodeInfo
 from csi_driver.volumes.attachments import Attachments
 from csi_driver.volumes.capacity import PoolCapacity
@@ -20,7 +21,8 @@ from csi_driver.volumes.contents import Contents
 from csi_driver.volumes.creation import VolumeCreation
 from csi_driver.volumes.groups import Groups
 from csi_driver.volumes.health import Health
-from csi_driver.volumes.image_staging import ImageStaging, boot_id
+from csi_driver.volumes.image_devices import ImageDevices
+from csi_driver.volumes.image_staging import ImageStaging
 from csi_driver.volumes.inline import InlineVolumes
 from csi_driver.volumes.jobs import Jobs
 from csi_driver.volumes.lapses import Lapses
@@ -158,8 +160,9 @@ def assemble(installation: Installation) -> Domain:
     health = Health(pools, promises, lapses)
     state = NodeState(installation.state_directory, installation.driver)
     placements = Placements(pools, installation.node_id)
-    images = ImageStaging(pools, state, node_jobs, installation.node_id, boot_id())
-    node_volumes = NodeVolumes(pools, locks, state, MountGroups(node_jobs), images, installation.kubelet_dir)
+    image_devices = ImageDevices(state)
+    images = ImageStaging(pools, state, image_devices, node_jobs, installation.node_id, boot_id())
+    node_volumes = NodeVolumes(pools, locks, state, MountGroups(node_jobs), images, image_devices, installation.kubelet_dir)
     stager = Stager(pools, locks, node_volumes, placements)
     publisher = Publisher(pools, node_volumes, placements, InlineVolumes(pools, provisioner))
     info = NodeInfo(installation.node_id, installation.max_volumes_per_node, installation.topology)

@@ -147,8 +147,8 @@ class Publisher:
         target = self._volumes.places.check("target_path", target_path)
         with self._volumes.lock(handle):
             known, _ = self._volumes.remembered(handle)
-            lost = self._volumes.images.rediscovered(handle) if known is None else None
-            if lost is not None and self._volumes.images.is_own(lost, target):
+            lost = self._volumes.image_devices.rediscovered(handle) if known is None else None
+            if lost is not None and self._volumes.image_devices.is_own(lost, target):
                 self._volumes.unmounting.detach(handle, target)
             self._volumes.unmounting.unmount(known, handle, target)
             remove_empty(target)

@@ -128,7 +128,7 @@ class Stager:
         with self._volumes.lock(handle):
             known, damaged = self._volumes.remembered(handle)
             if known is None:
-                known = self._volumes.images.rediscovered(handle, str(staging))
+                known = self._volumes.image_devices.rediscovered(handle, str(staging))
             if known is None and damaged:
                 known = self._behind_a_server(handle, staging)
             if known and (published := [target.path for target in known.targets if topmost_mount_at(target.path)]):
