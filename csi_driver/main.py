@@ -32,7 +32,8 @@ from csi_driver.volumes.assembly import Domain, Installation, assemble
 from csi_driver.volumes.handles import node_tag
 from csi_driver.volumes.model import Topology
 from csi_driver.volumes.nodes import address_towards, topology_value
-from csi_driver.volumes.pools import TRASH, PoolStore
+from csi_driver.volumes.pool_layout import TRASH
+from csi_driver.volumes.pool_store import PoolStore
 from csi_driver.volumes.promises import Promises
 from csi_driver.volumes.sweeper import SweepReport
 

@@ -15,7 +15,8 @@ from csi_driver.backends.impatience import Impatience
 from csi_driver.errors import RecordDamaged, TatamiError, quoted
 from csi_driver.volumes.handles import ID_PATTERN, SNAPSHOT, VOLUME, parse_handle
 from csi_driver.volumes.model import SnapshotRecord, VolumeRecord
-from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.pools import Pools
 from csi_driver.volumes.records import RecordFolder
 
 _POOL_SECONDS = 60.0

@@ -10,9 +10,9 @@ from csi_driver.cli.options import about_pools, look_into
 from csi_driver.cli.reports import fail_on_silence, refuse, show_capture
 from csi_driver.cli.tables import NOTHING, show_facts, show_json, show_table, show_time
 from csi_driver.errors import TatamiError
-from csi_driver.volumes.assembly import Domain
 from csi_driver.volumes.handles import VOLUME
 from csi_driver.volumes.jobs import show_bytes
+from csi_driver.volumes.lookup import volume_as_shown
 from csi_driver.volumes.model import VolumeRecord
 
 
@@ -31,7 +31,7 @@ def list_volumes(context: click.Context, *, config: Path | None, node_id: str, p
     """
     with look_into(context, config, node_id) as domain:
         found = survey(choose_pools(domain.pools, pool), volumes_of)
-        described = [_describe(domain, each) for each in found.found]
+        described = [_describe(each) for each in found.found]
     if output == "json":
         show_json(described)
     elif described:
@@ -51,7 +51,7 @@ def show_volume(
     with look_into(context, config, node_id) as domain:
         try:
             found = find_one(domain.pools, choose_pools(domain.pools, pool), volume, volumes_of, VOLUME)
-            described = _describe(domain, found)
+            described = _describe(found)
         except (TatamiError, OSError) as error:
             refuse(error)
     if output == "json":
@@ -62,11 +62,11 @@ def show_volume(
         context.exit(1)
 
 
-def _describe(domain: Domain, found: Found[VolumeRecord]) -> dict[str, Any]:
+def _describe(found: Found[VolumeRecord]) -> dict[str, Any]:
     record = found.record
     if record is None:
         return {"handle": found.handle, "pool": found.store.name, "phase": "damaged", "error": found.damage}
-    context = domain.provisioner.show(found.store, record).context
+    context = volume_as_shown(found.store, record).context
     source = record.source
     return {
         "handle": record.handle,

@@ -11,6 +11,7 @@ import os
 import secrets
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from csi_driver.errors import FailedPrecondition, OperationPending, quoted
 from csi_driver.linux import files
@@ -36,6 +37,11 @@ class Holder:
 
     def encoded(self) -> bytes:
         return json.dumps({"schema_version": 1, **asdict(self)}, indent=1).encode() + b"\n"
+
+
+def boot_id() -> str:
+    """Return what the kernel calls this boot (random(4))."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def hold(directory_fd: int, wanted: Holder) -> None:

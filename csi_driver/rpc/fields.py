@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from csi_driver.errors import InvalidArgument, NotFound, OperationPending, OutOfRange
 from csi_driver.rpc import csi_pb2 as csi
 from csi_driver.rpc.redaction import SERVICE_ACCOUNT_TOKENS
-from csi_driver.volumes.model import AccessMode, AccessType, Capability, CapacityRange, Page, Topology
+from csi_driver.volumes.model import AccessMode, AccessType, Topology
+from csi_driver.volumes.requests import Capability, CapacityRange, Page
 
 MAX_STRING_BYTES = 128
 MAX_NODE_ID_BYTES = 256  # NodeGetInfoResponse.node_id says so

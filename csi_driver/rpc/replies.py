@@ -11,22 +11,19 @@ from google.protobuf.wrappers_pb2 import Int64Value
 
 from csi_driver.rpc import csi_pb2 as csi
 from csi_driver.rpc.fields import MAX_STRING_BYTES
-from csi_driver.volumes.model import (
+from csi_driver.volumes.answers import (
     Capacity,
-    ContentSource,
     GroupSnapshot,
     HealthEntry,
     HealthLevel,
     NodeInfo,
-    Phase,
     Snapshot,
-    SourceKind,
-    Topology,
     Usage,
     Volume,
     VolumeHealth,
     VolumeStats,
 )
+from csi_driver.volumes.model import ContentSource, Phase, SourceKind, Topology
 
 _Code = TypeVar("_Code")
 

@@ -23,21 +23,7 @@ from csi_driver.rpc.fields import (
     parse_topology,
     parse_volume_path,
 )
-from csi_driver.volumes.model import (
-    Capability,
-    CapacityRange,
-    ClassParameters,
-    ContentSource,
-    CreateSnapshot,
-    CreateVolume,
-    NodePublication,
-    OnDelete,
-    Page,
-    PublishVolume,
-    SourceKind,
-    StageVolume,
-    Topology,
-)
+from csi_driver.volumes.model import ContentSource, NodePublication, OnDelete, SourceKind, Topology
 from csi_driver.volumes.parameters import (
     PV_NAME,
     PVC_NAME,
@@ -46,6 +32,16 @@ from csi_driver.volumes.parameters import (
     parse_group_parameters,
     parse_mutable_parameters,
     parse_snapshot_parameters,
+)
+from csi_driver.volumes.requests import (
+    Capability,
+    CapacityRange,
+    ClassParameters,
+    CreateSnapshot,
+    CreateVolume,
+    Page,
+    PublishVolume,
+    StageVolume,
 )
 
 # A class is asked about without a claim (GetCapacity, ValidateVolumeCapabilities); its `directory` template is checked with these.

@@ -6,7 +6,8 @@ from csi_driver.backends.base import PoolBackend
 from csi_driver.errors import FailedPrecondition, InvalidArgument, quoted
 from csi_driver.linux import image_filesystems
 from csi_driver.linux.bind_flags import parse_bind_flags
-from csi_driver.volumes.model import AccessMode, AccessType, Capability, Form, Layout, NodePublication, Ownership
+from csi_driver.volumes.model import AccessMode, AccessType, Form, Layout, NodePublication, Ownership
+from csi_driver.volumes.requests import Capability
 
 _FLAGS = "volume_capability.mount.mount_flags"
 

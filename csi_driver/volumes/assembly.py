@@ -12,19 +12,23 @@ from pathlib import Path
 
 from csi_driver.backends.base import PoolBackend
 from csi_driver.errors import TatamiError
+from csi_driver.linux.holders import boot_id
+from csi_driver.volumes.answers import NodeInfo
 from csi_driver.volumes.attachments import Attachments
 from csi_driver.volumes.capacity import PoolCapacity
 from csi_driver.volumes.captures import Captures
 from csi_driver.volumes.contents import Contents
+from csi_driver.volumes.creation import VolumeCreation
 from csi_driver.volumes.groups import Groups
 from csi_driver.volumes.health import Health
-from csi_driver.volumes.image_staging import ImageStaging, boot_id
+from csi_driver.volumes.image_devices import ImageDevices
+from csi_driver.volumes.image_staging import ImageStaging
 from csi_driver.volumes.inline import InlineVolumes
 from csi_driver.volumes.jobs import Jobs
 from csi_driver.volumes.lapses import Lapses
 from csi_driver.volumes.limits import Limits
 from csi_driver.volumes.locks import KeyedLocks
-from csi_driver.volumes.model import NodeInfo, Topology
+from csi_driver.volumes.model import Topology
 from csi_driver.volumes.mount_groups import MountGroups
 from csi_driver.volumes.node import Node
 from csi_driver.volumes.node_state import NodeState
@@ -32,12 +36,15 @@ from csi_driver.volumes.node_volumes import NodeVolumes
 from csi_driver.volumes.nodes import Nodes
 from csi_driver.volumes.orphans import Orphans
 from csi_driver.volumes.placement import Placements
-from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.pools import Pools
 from csi_driver.volumes.promises import Promises
 from csi_driver.volumes.provisioner import Provisioner
 from csi_driver.volumes.publisher import Publisher
 from csi_driver.volumes.removal import SnapshotRemoval, VolumeRemoval
 from csi_driver.volumes.services import Services
+from csi_driver.volumes.sizes import Expansion
+from csi_driver.volumes.snapshot_places import SnapshotPlaces
 from csi_driver.volumes.snapshots import Snapshots
 from csi_driver.volumes.sources import Sources
 from csi_driver.volumes.stager import Stager
@@ -45,6 +52,7 @@ from csi_driver.volumes.sweeper import Sweeper
 from csi_driver.volumes.turns import Turns
 from csi_driver.volumes.usage import UsageCounter
 from csi_driver.volumes.verification import Verifier
+from csi_driver.volumes.volume_places import VolumePlaces
 
 _PREPARE_SECONDS = 10.0
 """How long a start waits for pools behind servers; what takes longer goes on by itself."""
@@ -80,7 +88,6 @@ class Domain:
     node_jobs: Jobs
     sweeper: Sweeper
     state: NodeState
-    provisioner: Provisioner
     verifier: Verifier
     promises: Promises
 
@@ -141,17 +148,21 @@ def assemble(installation: Installation) -> Domain:
     locks, jobs, limits, turns = KeyedLocks(), Jobs(), Limits(), Turns()
     node_jobs = Jobs()  # their own: however many copies wait, what a pod waits for on this node is not refused
     promises, lapses = Promises(locks), Lapses(limits)
-    contents, sources = Contents(locks, Captures(turns)), Sources(pools, locks, limits)
-    volume_removal, snapshot_removal = VolumeRemoval(locks, contents, limits), SnapshotRemoval(locks)
+    contents, sources = Contents(Captures(turns)), Sources(pools, locks, limits)
+    volume_places, snapshot_places = VolumePlaces(locks), SnapshotPlaces(locks)
+    volume_removal, snapshot_removal = VolumeRemoval(locks, volume_places, limits), SnapshotRemoval(locks)
     verifier = Verifier(locks, contents, sources, turns)
-    provisioner = Provisioner(pools, locks, jobs, contents, sources, volume_removal, verifier, promises, limits)
-    snapshots = Snapshots(pools, locks, jobs, contents, sources, snapshot_removal, verifier)
+    creation = VolumeCreation(pools, locks, jobs, contents, volume_places, sources, volume_removal, verifier, promises, limits)
+    expansion = Expansion(pools, locks, promises, contents, limits)
+    provisioner = Provisioner(pools, locks, jobs, creation, volume_removal, expansion)
+    snapshots = Snapshots(pools, locks, jobs, contents, snapshot_places, sources, snapshot_removal, verifier)
     groups = Groups(pools, locks, jobs, snapshots, sources, snapshot_removal)
     health = Health(pools, promises, lapses)
     state = NodeState(installation.state_directory, installation.driver)
     placements = Placements(pools, installation.node_id)
-    images = ImageStaging(pools, state, node_jobs, installation.node_id, boot_id())
-    node_volumes = NodeVolumes(pools, locks, state, MountGroups(node_jobs), images, installation.kubelet_dir)
+    image_devices = ImageDevices(state)
+    images = ImageStaging(pools, state, image_devices, node_jobs, installation.node_id, boot_id())
+    node_volumes = NodeVolumes(pools, locks, state, MountGroups(node_jobs), images, image_devices, installation.kubelet_dir)
     stager = Stager(pools, locks, node_volumes, placements)
     publisher = Publisher(pools, node_volumes, placements, InlineVolumes(pools, provisioner))
     info = NodeInfo(installation.node_id, installation.max_volumes_per_node, installation.topology)
@@ -177,4 +188,4 @@ def assemble(installation: Installation) -> Domain:
     swept = {name: store for name, store in stores.items() if controller or not store.backend.remote}
     orphans = Orphans(node_volumes, installation.kubelet_dir, publisher.remove_inline_leftovers) if installation.node else None
     sweeper = Sweeper(Pools(swept, None), locks, volume_removal, snapshot_removal, groups, lapses, trash_filled, orphans)
-    return Domain(services, pools, jobs, node_jobs, sweeper, state, provisioner, verifier, promises)
+    return Domain(services, pools, jobs, node_jobs, sweeper, state, verifier, promises)

@@ -9,10 +9,12 @@ from dataclasses import replace
 from csi_driver.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, quoted
 from csi_driver.volumes import access
 from csi_driver.volumes.locks import KeyedLocks
-from csi_driver.volumes.model import Capability, Form, NodePublication, Phase, VolumeRecord
+from csi_driver.volumes.model import Form, NodePublication, Phase, VolumeRecord
 from csi_driver.volumes.nodes import Nodes
 from csi_driver.volumes.placement import find_static, publish_context, static_store
-from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.pools import Pools
+from csi_driver.volumes.requests import Capability
 
 
 class Attachments:

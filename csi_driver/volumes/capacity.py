@@ -4,11 +4,14 @@ from collections.abc import Sequence
 
 from csi_driver.errors import InvalidArgument
 from csi_driver.volumes import access
+from csi_driver.volumes.answers import Capacity
 from csi_driver.volumes.images import fitting_size
 from csi_driver.volumes.limits import Limits
-from csi_driver.volumes.model import Capability, Capacity, ClassParameters, Topology
-from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.model import Topology
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.pools import Pools
 from csi_driver.volumes.promises import Promises
+from csi_driver.volumes.requests import Capability, ClassParameters
 
 
 class PoolCapacity:

@@ -22,7 +22,8 @@ from csi_driver.linux.priorities import stand_back
 from csi_driver.linux.walk import WalkStopped
 from csi_driver.volumes.jobs import JobCancelled, JobControl
 from csi_driver.volumes.model import CaptureReport, Form, Layout
-from csi_driver.volumes.pools import STAGING, PoolStore
+from csi_driver.volumes.pool_layout import STAGING
+from csi_driver.volumes.pool_store import PoolStore
 from csi_driver.volumes.turns import Turns
 
 POINT_IN_TIME = "point in time"

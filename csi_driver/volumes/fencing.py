@@ -12,7 +12,8 @@ from typing import TypeVar
 from csi_driver.errors import LockLost
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import Phase, SnapshotRecord, VolumeRecord
-from csi_driver.volumes.pools import PoolStore, new_token
+from csi_driver.volumes.pool_layout import new_token
+from csi_driver.volumes.pool_store import PoolStore
 from csi_driver.volumes.records import RecordFolder
 
 _Record = TypeVar("_Record", VolumeRecord, SnapshotRecord)

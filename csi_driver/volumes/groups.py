@@ -6,21 +6,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from csi_driver.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, OperationPending, quoted
+from csi_driver.volumes.answers import GroupSnapshot
 from csi_driver.volumes.captures import FILE_BY_FILE, POINT_IN_TIME
 from csi_driver.volumes.finality import may_be_left, take_back
 from csi_driver.volumes.handles import GROUP, SNAPSHOT, parse_handle
 from csi_driver.volumes.jobs import JobControl, Jobs
 from csi_driver.volumes.locks import KeyedLocks
-from csi_driver.volumes.model import (
-    ContentSource,
-    GroupRecord,
-    GroupSnapshot,
-    Phase,
-    SnapshotRecord,
-    SourceKind,
-    VolumeRecord,
-)
-from csi_driver.volumes.pools import Pools, PoolStore, new_token
+from csi_driver.volumes.model import ContentSource, GroupRecord, Phase, SnapshotRecord, SourceKind, VolumeRecord
+from csi_driver.volumes.pool_layout import new_token
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.pools import Pools
 from csi_driver.volumes.removal import SnapshotRemoval
 from csi_driver.volumes.snapshots import Snapshots, show
 from csi_driver.volumes.sources import Sources

@@ -3,12 +3,15 @@
 from collections.abc import Iterable, Sequence
 
 from csi_driver.errors import NotFound, RecordDamaged, TatamiError, Unavailable, quoted
+from csi_driver.volumes.answers import HealthEntry, HealthLevel, VolumeHealth
 from csi_driver.volumes.images import look_at_image
 from csi_driver.volumes.lapses import Lapses
-from csi_driver.volumes.model import HealthEntry, HealthLevel, Layout, Page, Phase, VolumeHealth, VolumeRecord
+from csi_driver.volumes.model import Layout, Phase, VolumeRecord
 from csi_driver.volumes.paging import take_page
-from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.pools import Pools
 from csi_driver.volumes.promises import Promises
+from csi_driver.volumes.requests import Page
 
 _FULL_PERCENT = 98
 

@@ -8,8 +8,9 @@ from csi_driver.linux import image_child, image_filesystems, loop_devices
 from csi_driver.linux.bind_flags import parse_bind_flags
 from csi_driver.linux.commands import CommandFailed
 from csi_driver.volumes.jobs import JobControl, Jobs
-from csi_driver.volumes.model import AccessType, Capability
+from csi_driver.volumes.model import AccessType
 from csi_driver.volumes.node_state import NodeVolumeRecord
+from csi_driver.volumes.requests import Capability
 
 _SECONDS = 30.0
 _CHECK_SECONDS = 24 * 3600.0

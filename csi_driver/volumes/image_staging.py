@@ -1,15 +1,13 @@
 """Images on a node: reached, held, attached, checked, mounted; and back, in the reverse order.
 
-A node sees the volume's directory at a place of its own, below its state directory, which no pod sees: a bind of it, or a mount from
-its server. From there the image is attached to a loop device. All that touches image or device is done in a child with a deadline
-(linux/image_child.py), for a server may be behind it.
+All that touches image or device is done in a child with a deadline (linux/image_child.py), for a server may be behind it. Where the image
+is seen and which devices it has is in `image_devices.py`, its filesystem in `image_mounts.py`.
 
-Every step is found again by what the kernel says: the place in mountinfo, the device in sysfs by the file that it has. So a step that
-was done before a crash is not done twice, and nothing is left that Unstage would not find. What is never done: formatting, which
-happened when the volume was made; and letting go of a device that somebody still writes to.
+Every step is found again by what the kernel says. So a step that was done before a crash is not done twice, and nothing is left that
+Unstage would not find. What is never done: formatting, which happened when the volume was made; and letting go of a device that somebody
+still writes to.
 """
 
-import errno
 import logging
 import os
 from collections.abc import Sequence
@@ -22,21 +20,21 @@ from csi_driver.linux import image_child, image_filesystems, loop_devices, mount
 from csi_driver.linux.bind_flags import parse_bind_flags
 from csi_driver.linux.holders import Holder
 from csi_driver.linux.mountinfo import topmost_mount_at
-from csi_driver.volumes.handles import parse_handle
+from csi_driver.volumes.answers import Usage, UsageSource, VolumeStats
+from csi_driver.volumes.image_devices import GONE, ImageDevices, is_loop_mount, shows_device, shows_node
 from csi_driver.volumes.image_mounts import ImageFilesystems
-from csi_driver.volumes.images import SECTOR_BYTES
 from csi_driver.volumes.jobs import Jobs
-from csi_driver.volumes.model import AccessMode, AccessType, Capability, Form, Layout, Usage, UsageSource, VolumeStats
+from csi_driver.volumes.model import AccessType
 from csi_driver.volumes.node_state import NodeState, NodeVolumeRecord
-from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.pools import Pools
+from csi_driver.volumes.requests import Capability
 from csi_driver.volumes.staging import take_back
 from csi_driver.volumes.unmounting import UNMOUNT_SECONDS
 
 _SECONDS = 30.0
 _TRIM_SECONDS = 10.0
 _FLAGS = "volume_capability.mount.mount_flags"
-_GONE = frozenset({errno.ENOENT, errno.ESTALE})
-"""What a directory says whose volume was deleted, here or, of a server, meanwhile."""
 
 _log = logging.getLogger(__name__)
 
@@ -44,16 +42,13 @@ _log = logging.getLogger(__name__)
 class ImageStaging:
     """The Staging (staging.py) of images, with a filesystem or raw. `boot_id` tells this boot of the node from earlier ones."""
 
-    def __init__(self, pools: Pools, state: NodeState, jobs: Jobs, node_id: str, boot_id: str) -> None:
+    def __init__(self, pools: Pools, state: NodeState, devices: ImageDevices, jobs: Jobs, node_id: str, boot_id: str) -> None:
         self._pools = pools
         self._state = state
+        self._devices = devices
         self._filesystems = ImageFilesystems(jobs)
         self._node_id = node_id
         self._boot_id = boot_id
-
-    def place_of(self, known: NodeVolumeRecord) -> Path:
-        """Say where this node sees the volume's directory."""
-        return self._state.directory / "images" / known.id
 
     # --- stage --------------------------------------------------------------------------------------------------------------------
 
@@ -75,10 +70,10 @@ class ImageStaging:
     def _stage(
         self, known: NodeVolumeRecord, store: PoolStore, capability: Capability, staging: Path, size_bytes: int | None
     ) -> NodeVolumeRecord:
-        place = self._reach(known, store)
+        place = self._devices.reach(known, store)
         image_child.hold(place, Holder(self._node_id, self._boot_id, known.epoch), _SECONDS)
         block = known.form.access_type is AccessType.BLOCK
-        known = self._attach(known, read_only=block and capability.access_mode.reader_only)
+        known = self._devices.attach(known, read_only=block and capability.access_mode.reader_only)
         if size_bytes is not None and loop_devices.size_of(known.device) < size_bytes:
             image_child.take_new_size(place, known.device, _SECONDS)
         if not block:
@@ -91,60 +86,21 @@ class ImageStaging:
                 known = self._state.volumes.replace(replace(known, fault=""))
         return known
 
-    def _reach(self, known: NodeVolumeRecord, store: PoolStore) -> Path:
-        place = self.place_of(known)
-        if not store.backend.is_staged(known.directory, place, known.source):
-            if topmost_mount_at(place) is not None:
-                mounts.unmount_all(place, UNMOUNT_SECONDS)  # its pool has moved meanwhile
-            place.mkdir(mode=0o700, parents=True, exist_ok=True)
-            store.backend.stage(known.directory, place, (), read_only=False)
-        return place
-
-    def _attach(self, known: NodeVolumeRecord, *, read_only: bool) -> NodeVolumeRecord:
-        block_size = SECTOR_BYTES[known.form.access_type]
-        try:
-            found = image_child.attach(self.place_of(known), read_only=read_only, block_size=block_size, seconds=_SECONDS)
-        except OSError as error:
-            if error.errno == errno.EBUSY:
-                raise Unavailable(
-                    f"volume {quoted(known.handle)} is still in use on this node from before: somebody has its loop device open; try again"
-                ) from error
-            if error.errno != errno.ENOENT:
-                raise
-            raise NotFound(
-                f"the image of volume {quoted(known.handle)}, or the loop device for it, is not there ({error}): the node plugin needs the "
-                "host's /dev"
-            ) from error
-        if not found.direct_io:
-            _log.warning("an image's filesystem does no direct I/O: its pages are cached twice", extra={"volume": known.handle})
-        named = replace(known, read_only_device=found.name) if read_only else replace(known, device=found.name)
-        if read_only and not known.device:
-            named = replace(named, device=found.name)
-        return self._state.volumes.replace(named)
-
     # --- what is there --------------------------------------------------------------------------------------------------------------
 
     def is_staged(self, known: NodeVolumeRecord, store: PoolStore) -> bool:  # noqa: ARG002
         return (
-            self._is_attached(known, known.device)
+            self._devices.is_attached(known, known.device)
             and not loop_devices.is_ending(known.device)
-            and (known.form.access_type is AccessType.BLOCK or _shows_device(Path(known.staging_path), known.device))
+            and (known.form.access_type is AccessType.BLOCK or shows_device(Path(known.staging_path), known.device))
         )
-
-    def _is_attached(self, known: NodeVolumeRecord, name: str) -> bool:
-        image = self.place_of(known) / image_child.IMAGE
-        if not name or not loop_devices.has_file(name, image):
-            return False
-        # What is mounted from a device keeps it from being another's. Raw block's can be, and the kernel's name for its file is cut off
-        # when the container that attached it ends (an upgrade of the driver), so then the file itself is looked at.
-        mounted = known.form.access_type is AccessType.MOUNT
-        return mounted or loop_devices.backing_file(name) == str(image) or name in self._devices(known)
 
     def shows(self, known: NodeVolumeRecord, store: PoolStore, target: Path) -> bool:  # noqa: ARG002
         if known.form.access_type is AccessType.MOUNT:
-            return self._is_attached(known, known.device) and _shows_device(target, known.device)
+            return self._devices.is_attached(known, known.device) and shows_device(target, known.device)
         return any(
-            self._is_attached(known, name) and _shows_node(target, name) for name in (known.device, known.read_only_device)
+            self._devices.is_attached(known, name) and shows_node(target, name)
+            for name in (known.device, known.read_only_device)
         )
 
     # --- publish ------------------------------------------------------------------------------------------------------------------
@@ -165,14 +121,14 @@ class ImageStaging:
             attributes = replace(attributes, read_only=attributes.read_only or read_only)
         else:
             # Also the one that was staged: a pod that has its node may have taken the image from it (linux/loop_devices.py).
-            known = self._attach(known, read_only=read_only)
+            known = self._devices.attach(known, read_only=read_only)
             name = known.read_only_device if read_only else known.device
             source = os.open(loop_devices.node_of(name), os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             mounts.bind(source, target, attributes)
         finally:
             os.close(source)
-        if known.form.access_type is AccessType.BLOCK and not image_child.serves(self.place_of(known), name, _SECONDS):
+        if known.form.access_type is AccessType.BLOCK and not image_child.serves(self._devices.place_of(known), name, _SECONDS):
             take_back(target)
             raise Unavailable(
                 f"volume {quoted(known.handle)}: somebody took the image from {name} on this node just now; try again"
@@ -199,9 +155,9 @@ class ImageStaging:
 
         Raises FailedPrecondition where the filesystem cannot be grown while it is mounted, Unavailable, DeadlineExceeded.
         """
-        place = self.place_of(known)
+        place = self._devices.place_of(known)
         for name in {known.device, known.read_only_device} - {""}:
-            if self._is_attached(known, name):
+            if self._devices.is_attached(known, name):
                 image_child.take_new_size(place, name, _SECONDS)
         size = loop_devices.size_of(known.device)
         self._filesystems.grow(known)
@@ -219,9 +175,9 @@ class ImageStaging:
         Raises Unavailable while somebody still uses the filesystem or the device: another node must not have it before.
         """
         self._filesystems.stop_check(known.handle)
-        place = self.place_of(known)
+        place = self._devices.place_of(known)
         self._unmount(known, staging)
-        for name in {known.device, known.read_only_device, *self._devices(known)} - {""}:
+        for name in {known.device, known.read_only_device, *self._devices.names_of(known)} - {""}:
             if not image_child.detach(place, name, _SECONDS):
                 raise Unavailable(
                     f"volume {quoted(known.handle)} is still in use on this node: {loop_devices.node_of(name)} is open somewhere (a pod's mount that "
@@ -231,34 +187,22 @@ class ImageStaging:
         mounts.unmount_all(place, UNMOUNT_SECONDS)
         place.rmdir() if place.exists() else None
 
-    def _devices(self, known: NodeVolumeRecord) -> list[str]:
-        """Find the image's devices, also those attached by a process that was killed before it could write that down."""
-        place = self.place_of(known)
-        if topmost_mount_at(place) is None:
-            return []
-        try:
-            return image_child.devices(place, _SECONDS)
-        except OSError as error:
-            if error.errno not in _GONE:
-                raise
-            return []  # the image is gone
-
     def _is_held(self, place: Path) -> bool:
         if topmost_mount_at(place) is None:
             return True  # nothing tells otherwise
         try:
             return image_child.is_held_by(place, self._node_id, _SECONDS)
         except OSError as error:
-            if error.errno not in _GONE:
+            if error.errno not in GONE:
                 raise
             return False
 
     def _unmount(self, known: NodeVolumeRecord, staging: Path) -> None:
         if topmost_mount_at(staging) is None:
             return
-        if not _is_loop_mount(staging):
+        if not is_loop_mount(staging):
             raise FailedPrecondition(f"{staging} has a mount that is not volume {quoted(known.handle)}; it is left as it is")
-        held = self._is_held(self.place_of(known))
+        held = self._is_held(self._devices.place_of(known))
         try:
             if not held:
                 # Another node has had it meanwhile: our journal over its data, or a trim by our idea of what is free, would destroy both.
@@ -281,62 +225,10 @@ class ImageStaging:
             if topmost_mount_at(place) is None:
                 if store is None or not known.directory:
                     return
-                self._reach(known, store)
+                self._devices.reach(known, store)
             image_child.release(place, Holder(self._node_id, self._boot_id, known.epoch), _SECONDS)
         except NotFound:
             return  # the volume is gone, and its hold with it
         except OSError as error:
-            if error.errno not in _GONE:
+            if error.errno not in GONE:
                 raise
-
-    def rediscovered(self, handle: str, staging_path: str = "") -> NodeVolumeRecord | None:
-        """Say the least that is certain of an image whose record on this node is lost; None where this node has no such image."""
-        parsed = parse_handle(handle)
-        known = NodeVolumeRecord(
-            id=self._state.id_of(handle),
-            token="",
-            handle=handle,
-            pool=parsed.pool if parsed is not None else "",
-            directory="",
-            access_mode=AccessMode.SINGLE_NODE_WRITER,
-            staging_path=staging_path,
-            form=Form(Layout.IMAGE),
-        )
-        # The place is the sign that it is ours: in another mount namespace a device may have a file of the same name.
-        if topmost_mount_at(self.place_of(known)) is None:
-            return None
-        names = self._devices(known)
-        return replace(known, device=names[0] if names else "", read_only_device=names[-1] if names else "")
-
-    def is_own(self, known: NodeVolumeRecord, target: Path) -> bool:
-        """Tell whether one of the image's devices is what is seen at `target`, as a filesystem or raw."""
-        return any(
-            self._is_attached(known, name) and (_shows_device(target, name) or _shows_node(target, name))
-            for name in (known.device, known.read_only_device)
-        )
-
-
-def boot_id() -> str:
-    """Return what the kernel calls this boot (random(4))."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def _shows_device(target: Path, name: str) -> bool:
-    mounted = topmost_mount_at(target)
-    return mounted is not None and mounted.source == str(loop_devices.node_of(name)) and _is_loop_mount(target)
-
-
-def _is_loop_mount(target: Path) -> bool:
-    mounted = topmost_mount_at(target)
-    return mounted is not None and mounted.source.startswith("/dev/loop") and mounted.fs_type in image_filesystems.KINDS
-
-
-def _shows_node(target: Path, name: str) -> bool:
-    try:
-        node = os.open(loop_devices.node_of(name), os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        return mounts.same_file_mounted(node, target)
-    finally:
-        os.close(node)

@@ -9,19 +9,12 @@ from collections.abc import Mapping
 
 from csi_driver.errors import InvalidArgument
 from csi_driver.volumes.handles import VOLUME
-from csi_driver.volumes.model import (
-    DEFAULT_CAPACITY_BYTES,
-    Capability,
-    CapacityRange,
-    ClassParameters,
-    CreateVolume,
-    Layout,
-    Ownership,
-    VolumeRecord,
-)
+from csi_driver.volumes.model import Layout, Ownership, VolumeRecord
 from csi_driver.volumes.parameters import EPHEMERAL, parse_inline_parameters
-from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.pools import Pools
 from csi_driver.volumes.provisioner import Provisioner
+from csi_driver.volumes.requests import DEFAULT_CAPACITY_BYTES, Capability, CapacityRange, ClassParameters, CreateVolume
 
 _MODE = 0o777
 """As emptyDir: the pod's user is not known, and nobody else mounts it."""

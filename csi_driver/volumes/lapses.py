@@ -12,7 +12,8 @@ from csi_driver.linux.filesystem_ids import filesystem_id
 from csi_driver.volumes.limiters import NONE, SWITCHED_OFF, Stop, switched_on
 from csi_driver.volumes.limits import FILES_UNLIMITED, NO_SUBVOLUME, Limits, held_by, is_here
 from csi_driver.volumes.model import Limit, LimiterKind, LimitPolicy, Phase, VolumeRecord
-from csi_driver.volumes.pools import STAGING, PoolStore
+from csi_driver.volumes.pool_layout import STAGING
+from csi_driver.volumes.pool_store import PoolStore
 
 
 class Lapses:

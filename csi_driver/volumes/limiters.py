@@ -14,7 +14,7 @@ from csi_driver.linux import btrfs, btrfs_qgroups, project_limits, projects, quo
 from csi_driver.linux.filesystem_ids import filesystem_id
 from csi_driver.linux.project_change import give_project
 from csi_driver.volumes.model import LimiterKind
-from csi_driver.volumes.pools import new_token
+from csi_driver.volumes.pool_layout import new_token
 
 HARD = "hard"
 NONE = "none"

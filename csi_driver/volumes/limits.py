@@ -8,20 +8,12 @@ import threading
 
 from csi_driver.errors import FailedPrecondition, NotFound, OutOfRange, ResourceExhausted
 from csi_driver.linux.filesystem_ids import filesystem_id
+from csi_driver.volumes.answers import Usage, UsageSource, VolumeStats
 from csi_driver.volumes.limiters import HARD, LIMITERS, NONE, SWITCHED_OFF, Limiter, Means, find_means, switched_on
-from csi_driver.volumes.model import (
-    ClassParameters,
-    Form,
-    Layout,
-    Limit,
-    LimiterKind,
-    LimitPolicy,
-    Usage,
-    UsageSource,
-    VolumeRecord,
-    VolumeStats,
-)
-from csi_driver.volumes.pools import STAGING, PoolStore
+from csi_driver.volumes.model import Form, Layout, Limit, LimiterKind, LimitPolicy, VolumeRecord
+from csi_driver.volumes.pool_layout import STAGING
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.requests import ClassParameters
 
 NO_SUBVOLUME = "what lies there is no btrfs subvolume"
 FILES_UNLIMITED = "; the number of files is not limited"

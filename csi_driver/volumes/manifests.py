@@ -23,7 +23,8 @@ from csi_driver.linux import files
 from csi_driver.linux.tree_digests import UNREADABLE, Entry, digest_tree
 from csi_driver.volumes.jobs import JobControl
 from csi_driver.volumes.model import ManifestSummary
-from csi_driver.volumes.pools import MANIFESTS, PoolStore, new_token
+from csi_driver.volumes.pool_layout import MANIFESTS, new_token
+from csi_driver.volumes.pool_store import PoolStore
 
 MOST_DIFFERENCES = 1000
 """More are counted, not listed."""

@@ -1,16 +1,12 @@
-"""The nouns of the domain: what a volume, a snapshot and a request for one are.
+"""The nouns of the domain: what a volume, a snapshot and a group of them are.
 
-Everything here is a frozen value. Requests arrive already parsed (`rpc/requests.py`); records go to disk as they are
-(`records.py`). Sizes are bytes, times are nanoseconds since the epoch, node ids are CSI's `node_id`.
+Everything here is a frozen value; records go to disk as they are (`records.py`). Sizes are bytes, times are nanoseconds since the epoch,
+node ids are CSI's `node_id`. What is asked of the domain is in `requests.py`, what it tells in `answers.py`.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-
-GIB = 1024**3
-DEFAULT_CAPACITY_BYTES = GIB
-"""The size of a volume for which nobody asked a size (CSI spec: capacity_range is OPTIONAL)."""
 
 
 class AccessMode(StrEnum):
@@ -92,30 +88,8 @@ class SourceKind(StrEnum):
     VOLUME = "volume"
 
 
-# --- requests ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class CapacityRange:
-    """CSI's capacity_range in bytes; 0 means not given."""
-
-    required_bytes: int = 0
-    limit_bytes: int = 0
-
-    def admits(self, size_bytes: int) -> bool:
-        """Tell whether a volume of `size_bytes` is what this range asks for."""
-        return size_bytes >= self.required_bytes and (not self.limit_bytes or size_bytes <= self.limit_bytes)
-
-
-@dataclass(frozen=True)
-class Capability:
-    """One CSI VolumeCapability."""
-
-    access_type: AccessType
-    access_mode: AccessMode
-    fs_type: str = ""
-    mount_flags: tuple[str, ...] = ()
-    mount_group: str = ""
+Topology = Mapping[str, str]
+"""CSI's segments: what a node must have for a volume to be reached from it."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +98,6 @@ class ContentSource:
 
     kind: SourceKind
     handle: str
-
-
-Topology = Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -138,45 +109,7 @@ class Ownership:
     mode: int | None = None
 
 
-@dataclass(frozen=True)
-class ClassParameters:
-    """What a StorageClass says, parsed (`parameters.py`)."""
-
-    pool: str | None = None
-    directory: str | None = None
-    on_delete: OnDelete = OnDelete.DELETE
-    ownership: Ownership = Ownership()
-    verify: bool = False  # restore only snapshots that are what they were
-    layout: Layout | None = None
-    limit: LimitPolicy = LimitPolicy.PREFERRED
-    inodes: int | None = None  # the most files, directories and others; None: any number
-
-
-@dataclass(frozen=True)
-class CreateVolume:
-    name: str
-    capacity: CapacityRange
-    capabilities: tuple[Capability, ...]
-    parameters: ClassParameters
-    source: ContentSource | None = None
-    requisite: tuple[Topology, ...] = ()
-    ephemeral: bool = False  # made for one pod and gone with it; never set by a CreateVolume call
-
-
-@dataclass(frozen=True)
-class CreateSnapshot:
-    name: str
-    source_handle: str
-    requisite: tuple[Topology, ...] = ()
-    digests: bool = False  # read the snapshot once it is cut, so that it can be verified from then on
-
-
-@dataclass(frozen=True)
-class Page:
-    """A CSI page request: at most `max_entries` (0: all) after the entry that `token` names."""
-
-    max_entries: int = 0
-    token: str = ""
+AS_MADE = Ownership()
 
 
 @dataclass(frozen=True)
@@ -186,29 +119,6 @@ class NodePublication:
     node_id: str
     access_mode: AccessMode
     readonly: bool = False
-
-
-@dataclass(frozen=True)
-class StageVolume:
-    volume_handle: str
-    staging_path: str
-    capability: Capability
-    publish_context: Mapping[str, str] = field(default_factory=dict)
-    volume_context: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class PublishVolume:
-    volume_handle: str
-    target_path: str
-    capability: Capability
-    readonly: bool
-    staging_path: str = ""
-    publish_context: Mapping[str, str] = field(default_factory=dict)
-    volume_context: Mapping[str, str] = field(default_factory=dict)
-
-
-# --- records ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -262,7 +172,7 @@ class VolumeRecord:
     capacity_bytes: int
     form: Form = A_DIRECTORY
     on_delete: OnDelete = OnDelete.DELETE
-    ownership: Ownership = Ownership()
+    ownership: Ownership = AS_MADE
     directory_template: str | None = None
     source: ContentSource | None = None
     capture: CaptureReport | None = None
@@ -313,95 +223,3 @@ class GroupRecord:
     sources: tuple[str, ...]
     members: tuple[str, ...]
     consistency: str | None = None
-
-
-# --- answers ----------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Volume:
-    """A volume as CSI shows it: its record, what a PV carries of it, and from where it can be reached (None: everywhere)."""
-
-    record: VolumeRecord
-    context: Mapping[str, str]
-    topology: Topology | None
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    record: SnapshotRecord
-    topology: Topology | None
-
-
-@dataclass(frozen=True)
-class GroupSnapshot:
-    record: GroupRecord
-    members: tuple[Snapshot, ...]
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """What GetCapacity answers, in bytes; None where there is no such bound."""
-
-    available_bytes: int
-    maximum_volume_bytes: int | None = None
-    minimum_volume_bytes: int | None = None
-
-
-class HealthLevel(StrEnum):
-    """How bad: CSI 1.13's VolumeHealthErrorType by its names; of storage, INACCESSIBLE is STORAGE_UNREACHABLE."""
-
-    DEGRADED = "DEGRADED"
-    INACCESSIBLE = "INACCESSIBLE"
-    DATA_LOSS = "DATA_LOSS"
-
-
-@dataclass(frozen=True)
-class HealthEntry:
-    level: HealthLevel
-    reason: str
-    message: str
-
-
-@dataclass(frozen=True)
-class VolumeHealth:
-    volume_handle: str
-    entries: tuple[HealthEntry, ...]
-
-
-@dataclass(frozen=True)
-class Usage:
-    """One unit of NodeGetVolumeStats; None where the driver does not know."""
-
-    used: int | None
-    total: int | None
-    available: int | None
-
-
-class UsageSource(StrEnum):
-    """Where the numbers of a volume's usage come from."""
-
-    WALK = "walk"
-    FILESYSTEM = "filesystem"  # of an image, by statvfs(3)
-    DEVICE = "device"  # raw block: its size is all that is known
-    PROJECT_QUOTA = "project quota"
-    QGROUP = "btrfs qgroup"
-
-
-@dataclass(frozen=True)
-class VolumeStats:
-    """A volume's own usage; `inodes` counts files, directories and everything else once. It is as it was `age_seconds` ago."""
-
-    bytes: Usage
-    inodes: Usage | None
-    source: UsageSource = UsageSource.WALK
-    age_seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class NodeInfo:
-    """What NodeGetInfo answers; 0 volumes means no limit."""
-
-    node_id: str
-    max_volumes: int
-    topology: Topology | None

@@ -7,26 +7,18 @@ from pathlib import Path
 
 from csi_driver.errors import NotFound, OutOfRange, Unavailable, quoted
 from csi_driver.linux.mountinfo import topmost_mount_at
+from csi_driver.volumes.answers import HealthEntry, HealthLevel, NodeInfo, VolumeHealth, VolumeStats
 from csi_driver.volumes.handles import VOLUME
 from csi_driver.volumes.health import Health
 from csi_driver.volumes.inline import inline_name
 from csi_driver.volumes.limits import Limits
-from csi_driver.volumes.model import (
-    CapacityRange,
-    HealthEntry,
-    HealthLevel,
-    Layout,
-    NodeInfo,
-    PublishVolume,
-    StageVolume,
-    VolumeHealth,
-    VolumeRecord,
-    VolumeStats,
-)
+from csi_driver.volumes.model import Layout, VolumeRecord
 from csi_driver.volumes.node_state import NodeVolumeRecord
 from csi_driver.volumes.node_volumes import NodeVolumes
-from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.pools import Pools
 from csi_driver.volumes.publisher import Publisher
+from csi_driver.volumes.requests import CapacityRange, PublishVolume, StageVolume
 from csi_driver.volumes.services import VolumeService
 from csi_driver.volumes.stager import Stager
 from csi_driver.volumes.usage import UsageCounter

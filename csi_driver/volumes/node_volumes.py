@@ -10,14 +10,17 @@ from pathlib import Path
 from csi_driver.errors import NotFound, RecordDamaged, quoted
 from csi_driver.linux import mounts
 from csi_driver.linux.mountinfo import topmost_mount_at
+from csi_driver.volumes.image_devices import ImageDevices
 from csi_driver.volumes.image_staging import ImageStaging
 from csi_driver.volumes.locks import KeyedLocks
-from csi_driver.volumes.model import AccessType, Capability, Form, Layout
+from csi_driver.volumes.model import AccessType, Form, Layout
 from csi_driver.volumes.mount_groups import MountGroups
 from csi_driver.volumes.mount_points import MountPoints
 from csi_driver.volumes.node_state import NodeState, NodeVolumeRecord
 from csi_driver.volumes.placement import Placement
-from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.pools import Pools
+from csi_driver.volumes.requests import Capability
 from csi_driver.volumes.staging import DirectoryStaging, Staging
 from csi_driver.volumes.unmounting import Unmounting
 
@@ -34,6 +37,7 @@ class NodeVolumes:
         state: NodeState,
         groups: MountGroups,
         images: ImageStaging,
+        image_devices: ImageDevices,
         kubelet_dir: Path,
     ) -> None:
         self._pools = pools
@@ -41,6 +45,7 @@ class NodeVolumes:
         self.state = state
         self.groups = groups
         self.images = images
+        self.image_devices = image_devices
         self.unmounting = Unmounting(pools)
         self.places = MountPoints(kubelet_dir, self._own_places)
         self._directories = DirectoryStaging(self.unmounting)
@@ -63,7 +68,7 @@ class NodeVolumes:
         """Tell whether the mount table still has anything of a volume: at one of `paths` or, of an image, where this node reaches it."""
         places = (*paths, *map(Path, known.paths()))
         if known.form.layout is Layout.IMAGE:
-            places = (*places, self.images.place_of(known))  # which goes last, after the device
+            places = (*places, self.image_devices.place_of(known))  # which goes last, after the device
         return any(topmost_mount_at(place) is not None for place in places)
 
     def find_mounted(self, handle: str, path: str) -> NodeVolumeRecord:

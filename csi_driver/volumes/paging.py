@@ -13,8 +13,9 @@ from typing import TypeVar
 
 from csi_driver.errors import OperationPending, quoted
 from csi_driver.volumes.handles import ID_PATTERN
-from csi_driver.volumes.model import Page
-from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.pools import Pools
+from csi_driver.volumes.requests import Page
 
 E = TypeVar("E")
 

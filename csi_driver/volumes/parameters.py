@@ -12,7 +12,8 @@ from typing import TypeVar
 
 from csi_driver.config.values import ConfigError, parse_quantity
 from csi_driver.errors import InvalidArgument, quoted
-from csi_driver.volumes.model import ClassParameters, Layout, LimitPolicy, OnDelete, Ownership
+from csi_driver.volumes.model import Layout, LimitPolicy, OnDelete, Ownership
+from csi_driver.volumes.requests import ClassParameters
 
 PVC_NAME = "csi.storage.k8s.io/pvc/name"
 PVC_NAMESPACE = "csi.storage.k8s.io/pvc/namespace"

@@ -11,12 +11,17 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import chain
 
-from csi_driver.errors import OperationPending
+from csi_driver.errors import InvalidArgument, OperationPending, quoted
 from csi_driver.linux import btrfs, files
+from csi_driver.linux.system_calls import InodeReader
 from csi_driver.volumes.locks import KeyedLocks
-from csi_driver.volumes.pools import PARENTS, PoolStore
+from csi_driver.volumes.pool_layout import PARENTS
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.trash import volumes_being_deleted
 
+_PARENT_MODE = 0o711  # to go through, as an NFS client whose root is squashed must, and not to see whose volumes are there
 _MARK_BYTES = 65536
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _log = logging.getLogger(__name__)
@@ -27,7 +32,63 @@ def place_lock(directory: str) -> str:
     return f"directory:{directory}"
 
 
-def mark_made(store: PoolStore, root: int, made: Sequence[str]) -> None:
+def parents_of(directory: str) -> list[str]:
+    """List the directories above `directory`, topmost first."""
+    components = directory.split("/")
+    return ["/".join(components[:depth]) for depth in range(1, len(components))]
+
+
+class Parents:
+    """Makes parents, and never inside a volume."""
+
+    def __init__(self) -> None:
+        # Parents of templated directories that were seen to be no volume: a parent stays none for as long as it exists.
+        self._known: set[tuple[str, str, int, tuple[int, int]]] = set()
+
+    def make(self, store: PoolStore, directory: str) -> None:
+        """Make what is missing of the directories above `directory`. The caller shares their locks.
+
+        Raises InvalidArgument where one of them is no directory, or a volume's.
+        """
+        parents = parents_of(directory)
+        if not parents:
+            return
+        with store.open_root() as root:
+            for parent in parents:
+                self._check(store, root, parent, directory)
+            try:
+                made = files.make_directories_beneath(root, parents[-1], _PARENT_MODE, exclusive=False)
+            except (NotADirectoryError, FileExistsError) as error:
+                raise InvalidArgument(
+                    f"directory {quoted(directory)}: a part of it is no directory in pool {store.name}"
+                ) from error
+            if made:
+                _mark_made(store, root, made)
+
+    def _check(self, store: PoolStore, root: int, parent: str, directory: str) -> None:
+        try:
+            descriptor = files.open_beneath(root, parent, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise InvalidArgument(f"directory {quoted(directory)}: {parent} is no directory in pool {store.name}") from error
+        try:
+            status = InodeReader().read(descriptor)
+        finally:
+            os.close(descriptor)
+        known = (store.name, parent, status.inode, status.birth)  # an inode's number alone may be given to a volume later
+        if known in self._known:
+            return
+        # A directory inside a volume would belong to that volume's tenant: whatever he likes, he could put in its place.
+        for other in chain(store.volumes.readable(), volumes_being_deleted(store)):
+            if other.directory == parent:
+                raise InvalidArgument(
+                    f"directory {quoted(directory)} would lie inside volume {other.handle} ({other.directory}) of pool {store.name}"
+                )
+        self._known.add(known)
+
+
+def _mark_made(store: PoolStore, root: int, made: Sequence[str]) -> None:
     """Remember that these directories, relative to the pool's root, were just made by the driver. Raises OSError."""
     with store.open(PARENTS) as marks:
         for directory in made:

@@ -16,9 +16,11 @@ from itertools import chain
 from csi_driver.errors import FailedPrecondition, InvalidArgument, NotFound, quoted
 from csi_driver.linux import image_filesystems
 from csi_driver.volumes import access
-from csi_driver.volumes.model import A_DIRECTORY, AccessType, Capability, Form, Layout, Phase, VolumeRecord
+from csi_driver.volumes.model import A_DIRECTORY, AccessType, Form, Layout, Phase, VolumeRecord
 from csi_driver.volumes.parameters import check_directory, parse_static_parameters
-from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.pools import Pools
+from csi_driver.volumes.requests import Capability
 from csi_driver.volumes.trash import volumes_being_deleted
 
 _NUMBER = re.compile(r"[0-9]{1,18}", re.ASCII)

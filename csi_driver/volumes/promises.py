@@ -29,7 +29,8 @@ from csi_driver.errors import OperationPending, ResourceExhausted
 from csi_driver.linux import files
 from csi_driver.volumes.folder_index import FolderIndex
 from csi_driver.volumes.locks import KeyedLocks
-from csi_driver.volumes.pools import ARCHIVED, RETAINED, VOLUMES, PoolStore, archived_place, new_token
+from csi_driver.volumes.pool_layout import ARCHIVED, RETAINED, VOLUMES, archived_place, new_token
+from csi_driver.volumes.pool_store import PoolStore
 from csi_driver.volumes.record_format import MAX_RECORD_BYTES
 
 KEY = "promises"

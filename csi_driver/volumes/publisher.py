@@ -12,12 +12,14 @@ from csi_driver.errors import AlreadyExists, FailedPrecondition, InvalidArgument
 from csi_driver.linux.mountinfo import topmost_mount_at
 from csi_driver.volumes.handles import parse_handle
 from csi_driver.volumes.inline import InlineVolumes, is_inline
-from csi_driver.volumes.model import AccessMode, AccessType, Capability, PublishVolume
+from csi_driver.volumes.model import AccessMode, AccessType
 from csi_driver.volumes.mount_points import foreign, make_empty_directory, make_empty_file, remove_empty
 from csi_driver.volumes.node_state import NodeVolumeRecord, Target
 from csi_driver.volumes.node_volumes import NodeVolumes
 from csi_driver.volumes.placement import Placement, Placements
-from csi_driver.volumes.pools import Pools, new_token
+from csi_driver.volumes.pool_layout import new_token
+from csi_driver.volumes.pools import Pools
+from csi_driver.volumes.requests import Capability, PublishVolume
 from csi_driver.volumes.staging import take_back
 
 _log = logging.getLogger(__name__)
@@ -145,8 +147,8 @@ class Publisher:
         target = self._volumes.places.check("target_path", target_path)
         with self._volumes.lock(handle):
             known, _ = self._volumes.remembered(handle)
-            lost = self._volumes.images.rediscovered(handle) if known is None else None
-            if lost is not None and self._volumes.images.is_own(lost, target):
+            lost = self._volumes.image_devices.rediscovered(handle) if known is None else None
+            if lost is not None and self._volumes.image_devices.is_own(lost, target):
                 self._volumes.unmounting.detach(handle, target)
             self._volumes.unmounting.unmount(known, handle, target)
             remove_empty(target)

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from csi_driver.errors import TatamiError
 from csi_driver.linux.trees import remove_tree
-from csi_driver.volumes.pools import TRASH, PoolStore
+from csi_driver.volumes.pool_layout import TRASH
+from csi_driver.volumes.pool_store import PoolStore
 from csi_driver.volumes.trash import data_name, drop_record, is_record_name
 
 _log = logging.getLogger(__name__)

@@ -14,13 +14,16 @@ from dataclasses import replace
 from csi_driver.errors import FailedPrecondition, OperationPending
 from csi_driver.linux import files
 from csi_driver.linux.renames import rename_directory
-from csi_driver.volumes.contents import Contents, content_key
+from csi_driver.volumes.attempts import trash_staging
+from csi_driver.volumes.contents import content_key
 from csi_driver.volumes.handles import SNAPSHOT, VOLUME
 from csi_driver.volumes.limits import Limits
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import OnDelete, Phase, SnapshotRecord, VolumeRecord
-from csi_driver.volumes.pools import ARCHIVE_DIRECTORY, ARCHIVED, RETAINED, PoolStore, archived_place, exists_at, new_token
+from csi_driver.volumes.pool_layout import ARCHIVE_DIRECTORY, ARCHIVED, RETAINED, archived_place, exists_at, new_token
+from csi_driver.volumes.pool_store import PoolStore
 from csi_driver.volumes.trash import begin_deletion, unfinished_deletions
+from csi_driver.volumes.volume_places import VolumePlaces
 
 _log = logging.getLogger(__name__)
 
@@ -28,9 +31,9 @@ _log = logging.getLogger(__name__)
 class VolumeRemoval:
     """Takes a volume away. The caller holds the volume's lock."""
 
-    def __init__(self, locks: KeyedLocks, contents: Contents, limits: Limits) -> None:
+    def __init__(self, locks: KeyedLocks, places: VolumePlaces, limits: Limits) -> None:
         self._locks = locks
-        self._contents = contents
+        self._places = places
         self._limits = limits
 
     def remove(self, store: PoolStore, record: VolumeRecord) -> None:
@@ -46,10 +49,10 @@ class VolumeRemoval:
                 raise FailedPrecondition(
                     f"volume {record.handle} is still mounted at {mounted[0]} on this node: unpublish it first"
                 )
-            if record.phase is Phase.CREATING and not self._contents.is_in_place(store, record):
+            if record.phase is Phase.CREATING and not self._places.is_in_place(store, record):
                 # Nobody was ever told of this volume, and what lies at its directory is not its content.
-                self._contents.discard(store, record.id)
-                self._contents.release_claim(store, record)
+                trash_staging(store, record.id)
+                self._places.release_claim(store, record)
                 store.volumes.remove(record.id)
                 return
             # What was never shown to anybody holds nothing that somebody would want to keep.
@@ -85,7 +88,7 @@ class VolumeRemoval:
             if record is None or deletion.has_data():
                 deletion.complete()
                 continue
-            with self._contents.hold_own(store, record) as is_own:
+            with self._places.hold_own(store, record) as is_own:
                 if is_own:
                     self._limits.release(store, record)
                     deletion.take_directory(record.directory)
@@ -123,7 +126,7 @@ class SnapshotRemoval:
 
     def take(self, store: PoolStore, record: SnapshotRecord) -> None:
         """Delete a snapshot that the caller holds."""
-        store.trash_staging(record.id)
+        trash_staging(store, record.id)
         deletion = begin_deletion(store, SNAPSHOT, store.snapshots, record.id)
         deletion.take_snapshot()
         deletion.complete()

@@ -8,26 +8,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from csi_driver.volumes.model import (
-    Capability,
+from csi_driver.volumes.answers import (
     Capacity,
+    GroupSnapshot,
+    HealthEntry,
+    NodeInfo,
+    Snapshot,
+    Volume,
+    VolumeHealth,
+    VolumeStats,
+)
+from csi_driver.volumes.model import NodePublication, OnDelete, Topology
+from csi_driver.volumes.requests import (
+    Capability,
     CapacityRange,
     ClassParameters,
     CreateSnapshot,
     CreateVolume,
-    GroupSnapshot,
-    HealthEntry,
-    NodeInfo,
-    NodePublication,
-    OnDelete,
     Page,
     PublishVolume,
-    Snapshot,
     StageVolume,
-    Topology,
-    Volume,
-    VolumeHealth,
-    VolumeStats,
 )
 
 

@@ -9,9 +9,10 @@ from csi_driver.volumes.images import fitting_size
 from csi_driver.volumes.limits import Limits
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.lookup import find_ready
-from csi_driver.volumes.model import DEFAULT_CAPACITY_BYTES, Capability, CapacityRange, Form
+from csi_driver.volumes.model import Form
 from csi_driver.volumes.pools import Pools
 from csi_driver.volumes.promises import Committed, Promises
+from csi_driver.volumes.requests import DEFAULT_CAPACITY_BYTES, Capability, CapacityRange
 
 
 def choose_size(capacity: CapacityRange, form: Form, least_bytes: int) -> int:

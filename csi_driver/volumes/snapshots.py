@@ -10,6 +10,8 @@ from dataclasses import replace
 
 from csi_driver.errors import AlreadyExists, InvalidArgument, NotFound, RecordDamaged, ResourceExhausted, quoted
 from csi_driver.linux import files
+from csi_driver.volumes.answers import Snapshot
+from csi_driver.volumes.attempts import trash_staging
 from csi_driver.volumes.captures import HoldToSource, consistency_of
 from csi_driver.volumes.contents import Contents
 from csi_driver.volumes.fencing import Fence
@@ -18,21 +20,16 @@ from csi_driver.volumes.handles import SNAPSHOT, parse_handle
 from csi_driver.volumes.jobs import JobControl, Jobs
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.lookup import is_shown
-from csi_driver.volumes.model import (
-    CaptureReport,
-    ContentSource,
-    CreateSnapshot,
-    Page,
-    Phase,
-    Snapshot,
-    SnapshotRecord,
-    SourceKind,
-    VolumeRecord,
-)
+from csi_driver.volumes.model import CaptureReport, ContentSource, Phase, SnapshotRecord, SourceKind, VolumeRecord
 from csi_driver.volumes.paging import take_page
-from csi_driver.volumes.pools import Pools, PoolStore, new_token
+from csi_driver.volumes.pool_layout import new_token
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.pools import Pools
 from csi_driver.volumes.removal import SnapshotRemoval
+from csi_driver.volumes.requests import CreateSnapshot, Page
+from csi_driver.volumes.snapshot_places import SnapshotPlaces
 from csi_driver.volumes.sources import Sources
+from csi_driver.volumes.trash import discard_snapshot_data
 from csi_driver.volumes.verification import Verifier
 
 
@@ -45,6 +42,7 @@ class Snapshots:
         locks: KeyedLocks,
         jobs: Jobs,
         contents: Contents,
+        places: SnapshotPlaces,
         sources: Sources,
         removal: SnapshotRemoval,
         verifier: Verifier,
@@ -53,6 +51,7 @@ class Snapshots:
         self._locks = locks
         self._jobs = jobs
         self._contents = contents
+        self._places = places
         self._sources = sources
         self._removal = removal
         self._verifier = verifier
@@ -162,11 +161,11 @@ class Snapshots:
 
     def is_cut(self, store: PoolStore, record: SnapshotRecord) -> bool:
         """Tell whether the content of a snapshot is in its place: it gets there complete or not at all."""
-        return self._contents.has_snapshot(store, record.id)
+        return self._places.has_content(store, record.id)
 
     def cut(self, store: PoolStore, record: SnapshotRecord, job: JobControl) -> SnapshotRecord:
         """Make the content of a snapshot that is `creating`, out of sight in staging; `place` must follow."""
-        if self._contents.has_snapshot(store, record.id):
+        if self._places.has_content(store, record.id):
             return record  # in place before a crash: content gets there complete or not at all
         origin = ContentSource(SourceKind.VOLUME, record.source_handle)
         with self._sources.hold(origin) as source:
@@ -190,10 +189,10 @@ class Snapshots:
 
     def place(self, store: PoolStore, record: SnapshotRecord) -> SnapshotRecord:
         """Move what was cut into its place; it stays `creating` until the caller says `ready`."""
-        if self._contents.has_snapshot(store, record.id):
-            self._contents.seal_snapshot(store, record.id)
+        if self._places.has_content(store, record.id):
+            self._places.seal(store, record.id)
             return record
-        self._contents.place_snapshot(store, record)
+        self._places.place(store, record)
         return record
 
     def make_ready(self, store: PoolStore, record: SnapshotRecord) -> SnapshotRecord:
@@ -210,10 +209,10 @@ class Snapshots:
         anothers = token and current is not None and (current.phase is Phase.READY or current.token != token)
         if anothers or not self._locks.is_held(store, f"snapshot:{record_id}"):
             if token:
-                self._contents.discard(store, record_id, token)
+                trash_staging(store, record_id, token)
             return False
-        self._contents.discard(store, record_id, token)
-        store.discard_snapshot_data(record_id)
+        trash_staging(store, record_id, token)
+        discard_snapshot_data(store, record_id)
         store.snapshots.remove(record_id)
         return True
 

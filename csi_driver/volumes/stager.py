@@ -15,12 +15,15 @@ from csi_driver.linux.mountinfo import topmost_mount_at
 from csi_driver.volumes.contents import content_key
 from csi_driver.volumes.finality import ASK_AGAIN
 from csi_driver.volumes.locks import KeyedLocks
-from csi_driver.volumes.model import AccessMode, Layout, StageVolume
+from csi_driver.volumes.model import AccessMode, Layout
 from csi_driver.volumes.mount_points import foreign, make_empty_directory
 from csi_driver.volumes.node_state import NodeVolumeRecord
 from csi_driver.volumes.node_volumes import NodeVolumes
 from csi_driver.volumes.placement import Placement, Placements
-from csi_driver.volumes.pools import Pools, PoolStore, new_token
+from csi_driver.volumes.pool_layout import new_token
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.pools import Pools
+from csi_driver.volumes.requests import StageVolume
 
 
 class Stager:
@@ -125,7 +128,7 @@ class Stager:
         with self._volumes.lock(handle):
             known, damaged = self._volumes.remembered(handle)
             if known is None:
-                known = self._volumes.images.rediscovered(handle, str(staging))
+                known = self._volumes.image_devices.rediscovered(handle, str(staging))
             if known is None and damaged:
                 known = self._behind_a_server(handle, staging)
             if known and (published := [target.path for target in known.targets if topmost_mount_at(target.path)]):

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Protocol
 
 from csi_driver.linux import mounts
-from csi_driver.volumes.model import Capability
 from csi_driver.volumes.node_state import NodeVolumeRecord
-from csi_driver.volumes.pools import PoolStore
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.requests import Capability
 from csi_driver.volumes.unmounting import UNMOUNT_SECONDS, Unmounting
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from csi_driver.backends.base import in_background
 from csi_driver.errors import OperationPending, TatamiError
 from csi_driver.linux import files
+from csi_driver.volumes.attempts import trash_staging
 from csi_driver.volumes.groups import Groups
 from csi_driver.volumes.handles import GROUP, ID_PATTERN, VOLUME
 from csi_driver.volumes.lapses import Lapses
@@ -22,7 +23,9 @@ from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import GroupRecord, Phase, SnapshotRecord, VolumeRecord
 from csi_driver.volumes.orphans import Orphans
 from csi_driver.volumes.parents import remove_empty_parents
-from csi_driver.volumes.pools import GROUPS, MANIFESTS, PARENTS, SNAPSHOTS, STAGING, VOLUMES, Pools, PoolStore
+from csi_driver.volumes.pool_layout import GROUPS, MANIFESTS, PARENTS, SNAPSHOTS, STAGING, VOLUMES
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.pools import Pools
 from csi_driver.volumes.reaper import Reaper
 from csi_driver.volumes.removal import SnapshotRemoval, VolumeRemoval
 from csi_driver.volumes.trash import Deletion, unfinished_deletions
@@ -174,7 +177,7 @@ class Sweeper:
             names = os.listdir(staging)
         for record_id in {name.partition(".")[0] for name in names if stale(name)}:
             with self._one(store, report), self._hold(store, record_id):
-                store.trash_staging(record_id)
+                trash_staging(store, record_id)
                 report.staging += 1
 
     def _complete_deletions(self, store: PoolStore, report: SweepReport, stale: Callable[[str], bool]) -> None:

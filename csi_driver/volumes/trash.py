@@ -2,7 +2,8 @@
 
 First the record is moved to `trash/<id>.<token>.<kind>.json`: from here on the thing is deleted and its name is free. Then the data
 follows, to `trash/<id>.<token>`, and the record is removed. So a record in the trash says that a deletion is under way, or was cut
-off, and that its data may still be in place; data in the trash is there for the reaper, whatever lies beside it.
+off, and that its data may still be in place; data in the trash is there for the reaper, whatever lies beside it. What never became
+anything (attempts.py) is data alone.
 """
 
 import os
@@ -17,7 +18,8 @@ from csi_driver.linux import files
 from csi_driver.linux.renames import rename_directory
 from csi_driver.volumes.handles import GROUP, SNAPSHOT, VOLUME
 from csi_driver.volumes.model import GroupRecord, SnapshotRecord, VolumeRecord
-from csi_driver.volumes.pools import SNAPSHOT_DATA, TRASH, PoolStore, exists_at, new_token
+from csi_driver.volumes.pool_layout import MANIFESTS, SNAPSHOT_DATA, TRASH, exists_at, new_token
+from csi_driver.volumes.pool_store import PoolStore
 from csi_driver.volumes.records import RecordFolder
 
 _RECORD_NAME = re.compile(rf"(?P<data>(?P<id>[a-z2-7]{{26}})\.[0-9a-f]+)\.(?P<kind>{VOLUME}|{SNAPSHOT}|{GROUP})\.json")
@@ -51,7 +53,7 @@ class Deletion:
 
     def take_snapshot(self) -> None:
         """Move a snapshot's content to the trash, without its manifest; one that is gone already is fine."""
-        self.store.drop_manifest(self.record_id)
+        drop_manifest(self.store, self.record_id)
         with suppress(FileNotFoundError), self.store.open(SNAPSHOT_DATA) as parent:
             self._take(parent, self.record_id)
 
@@ -95,6 +97,32 @@ def volumes_being_deleted(store: PoolStore) -> Iterator[VolumeRecord]:
             record = deletion.record(store.volumes)
             if record is not None:
                 yield record
+
+
+def discard(store: PoolStore, parent: int, name: str, record_id: str) -> None:
+    """Move what was given up to the trash, with nothing that says what it was; what is gone already is fine."""
+    # By rename alone: a copy that has filled the disk must be removable, and there a mkdir finds no room.
+    with store.open(TRASH) as trash:
+        try:
+            rename_directory(parent, name, trash, f"{record_id}.{new_token()}")
+        except FileNotFoundError:
+            return
+        files.sync_directory(trash)
+        files.sync_directory(parent)
+    store.wake_reaper()
+
+
+def discard_snapshot_data(store: PoolStore, record_id: str) -> None:
+    """Move the content of a snapshot that never became ready into the trash."""
+    drop_manifest(store, record_id)
+    with store.open(SNAPSHOT_DATA) as data:
+        discard(store, data, record_id, record_id)
+
+
+def drop_manifest(store: PoolStore, record_id: str) -> None:
+    """Remove the manifest of a snapshot that is on its way out; none is fine."""
+    with suppress(FileNotFoundError), store.open(MANIFESTS) as manifests:
+        os.unlink(record_id, dir_fd=manifests)
 
 
 def is_record_name(name: str) -> bool:

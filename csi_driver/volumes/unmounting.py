@@ -15,7 +15,8 @@ from csi_driver.linux.mountinfo import topmost_mount_at
 from csi_driver.volumes.handles import VOLUME
 from csi_driver.volumes.inline import inline_name
 from csi_driver.volumes.node_state import NodeVolumeRecord
-from csi_driver.volumes.pools import Pools, PoolStore
+from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.pools import Pools
 
 UNMOUNT_SECONDS = 10.0
 _FLUSH_SECONDS = 45.0

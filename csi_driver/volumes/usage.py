@@ -14,9 +14,9 @@ from pathlib import Path
 from csi_driver.backends.base import Space, Used
 from csi_driver.errors import DeadlineExceeded, OperationPending
 from csi_driver.linux.trees import measure_tree
+from csi_driver.volumes.answers import Usage, UsageSource, VolumeStats
 from csi_driver.volumes.jobs import REPLY_MARGIN_SECONDS, JobControl, Jobs
-from csi_driver.volumes.model import Usage, UsageSource, VolumeStats
-from csi_driver.volumes.pools import PoolStore
+from csi_driver.volumes.pool_store import PoolStore
 
 _log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from csi_driver.volumes.jobs import JobControl
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.manifests import MOST_DIFFERENCES, Difference, Manifest, read_manifest
 from csi_driver.volumes.model import ContentSource, ManifestSummary, SnapshotRecord, SourceKind
-from csi_driver.volumes.pools import PoolStore
+from csi_driver.volumes.pool_store import PoolStore
 from csi_driver.volumes.sources import Sources
 from csi_driver.volumes.turns import Turns
 

@@ -7,7 +7,7 @@ import pytest
 
 from csi_driver.rpc.lanes import LANES
 from csi_driver.rpc.status import CODES, ERRNO_CODES
-from csi_driver.volumes.pools import _FOLDERS
+from csi_driver.volumes.pool_layout import FOLDERS
 from tests.cli.trials import REPOSITORY
 
 DOCUMENTS = [
@@ -58,7 +58,7 @@ def test_each_room_and_each_folder_of_a_pool_is_described():
     rooms = {f"csi_driver/{place.name}" for place in package.iterdir() if (place / "__init__.py").exists()}
     described = {row[0] for row in rows("| room | what it does | knows |")}
     assert described == rooms | {"csi_driver/main.py", "csi_driver/errors.py"}
-    assert [folder for folder in _FOLDERS if not re.search(rf"^    .*\b{folder}/", DESIGN, re.MULTILINE)] == []
+    assert [folder for folder in FOLDERS if not re.search(rf"^    .*\b{folder}/", DESIGN, re.MULTILINE)] == []
 
 
 def test_each_module_that_is_named_exists():

@@ -18,7 +18,7 @@ from csi_driver.rpc import csi_pb2 as csi
 from csi_driver.rpc import lanes
 from csi_driver.rpc.calls import REQUEST_ID_KEY
 from csi_driver.rpc.redaction import SERVICE_ACCOUNT_TOKENS, loggable
-from csi_driver.volumes.model import NodeInfo
+from csi_driver.volumes.answers import NodeInfo
 from tests.rpc.harness import (
     Client,
     CountingMetrics,

@@ -11,17 +11,8 @@ from csi_driver.rpc import csi_pb2 as csi
 from csi_driver.rpc import requests
 from csi_driver.rpc.fields import MAX_MAP_BYTES, parse_handle, parse_name, parse_node_id, parse_page, parse_path
 from csi_driver.rpc.redaction import SERVICE_ACCOUNT_TOKENS
-from csi_driver.volumes.model import (
-    AccessMode,
-    AccessType,
-    Capability,
-    CapacityRange,
-    ContentSource,
-    NodePublication,
-    OnDelete,
-    Page,
-    SourceKind,
-)
+from csi_driver.volumes.model import AccessMode, AccessType, ContentSource, NodePublication, OnDelete, SourceKind
+from csi_driver.volumes.requests import Capability, CapacityRange, Page
 from tests.rpc.harness import message_class
 
 Mode = csi.VolumeCapability.AccessMode

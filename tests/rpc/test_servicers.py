@@ -8,37 +8,33 @@ from grpc import StatusCode
 
 from csi_driver import __version__, errors
 from csi_driver.rpc import csi_pb2 as csi
-from csi_driver.volumes.model import (
-    GIB,
-    AccessMode,
-    AccessType,
-    Capability,
+from csi_driver.volumes.answers import (
     Capacity,
-    CapacityRange,
-    ContentSource,
-    CreateSnapshot,
-    Form,
-    GroupRecord,
     GroupSnapshot,
     HealthEntry,
     HealthLevel,
-    Layout,
     NodeInfo,
-    NodePublication,
-    OnDelete,
-    Page,
-    Phase,
-    PublishVolume,
     Snapshot,
-    SnapshotRecord,
-    SourceKind,
-    StageVolume,
     Usage,
     Volume,
     VolumeHealth,
-    VolumeRecord,
     VolumeStats,
 )
+from csi_driver.volumes.model import (
+    AccessMode,
+    AccessType,
+    ContentSource,
+    Form,
+    GroupRecord,
+    Layout,
+    NodePublication,
+    OnDelete,
+    Phase,
+    SnapshotRecord,
+    SourceKind,
+    VolumeRecord,
+)
+from csi_driver.volumes.requests import GIB, Capability, CapacityRange, CreateSnapshot, Page, PublishVolume, StageVolume
 from tests.rpc.harness import DRIVER, Port, all_services, served_methods
 
 NODE = {"topology.hostpath.csi.test/node": "node-1"}

@@ -13,22 +13,18 @@ from pathlib import Path
 from csi_driver.backends.hostpath import HostPathBackend
 from csi_driver.config import HostPathPool
 from csi_driver.linux import mountinfo, mounts
+from csi_driver.volumes.answers import Snapshot, Volume
 from csi_driver.volumes.assembly import Domain, Installation, assemble
 from csi_driver.volumes.jobs import JobControl
-from csi_driver.volumes.model import (
-    AccessMode,
-    AccessType,
+from csi_driver.volumes.model import AccessMode, AccessType, ContentSource, SourceKind
+from csi_driver.volumes.requests import (
     Capability,
     CapacityRange,
     ClassParameters,
-    ContentSource,
     CreateSnapshot,
     CreateVolume,
     PublishVolume,
-    Snapshot,
-    SourceKind,
     StageVolume,
-    Volume,
 )
 from csi_driver.volumes.turns import COPIES_AT_ONCE
 

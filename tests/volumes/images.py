@@ -7,18 +7,9 @@ from pathlib import Path
 
 from bench import Bench, unmount_below
 
-from csi_driver.volumes.model import (
-    AccessMode,
-    AccessType,
-    Capability,
-    CapacityRange,
-    ClassParameters,
-    ContentSource,
-    CreateVolume,
-    Layout,
-    LimitPolicy,
-    Volume,
-)
+from csi_driver.volumes.answers import Volume
+from csi_driver.volumes.model import AccessMode, AccessType, ContentSource, Layout, LimitPolicy
+from csi_driver.volumes.requests import Capability, CapacityRange, ClassParameters, CreateVolume
 
 MIB = 1024**2
 LEAST = {"ext4": 16 * MIB, "xfs": 300 * MIB}

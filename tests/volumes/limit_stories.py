@@ -24,15 +24,9 @@ from csi_driver.linux import btrfs_qgroups, projects, quota
 from csi_driver.linux.project_limits import FIRST, LAST
 from csi_driver.linux.system_calls import sync_filesystem
 from csi_driver.volumes.limiters import LIMITERS, PRIVILEGED
-from csi_driver.volumes.model import (
-    CapacityRange,
-    ClassParameters,
-    ContentSource,
-    LimitPolicy,
-    OnDelete,
-    SourceKind,
-)
+from csi_driver.volumes.model import ContentSource, LimitPolicy, OnDelete, SourceKind
 from csi_driver.volumes.parameters import EPHEMERAL
+from csi_driver.volumes.requests import CapacityRange, ClassParameters
 
 SIZE = 32 * MIB
 NO_ROOM = {"ENOSPC", "EDQUOT"}
@@ -79,7 +73,7 @@ class Held:
 
     @property
     def limits(self):
-        return self.bench.volumes._limits
+        return self.bench.volumes._creation._limits
 
     def create(self, name, size=SIZE, source=None, **parameters):
         request = replace(self.bench.request(name, size, source), parameters=ClassParameters(**parameters))

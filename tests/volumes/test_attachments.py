@@ -5,7 +5,8 @@ from bench import MIB, NODE, make_bench, mount_capability
 
 from csi_driver.config import HostPathPool
 from csi_driver.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
-from csi_driver.volumes.model import AccessMode, AccessType, Capability, CapacityRange, NodePublication
+from csi_driver.volumes.model import AccessMode, AccessType, NodePublication
+from csi_driver.volumes.requests import Capability, CapacityRange
 
 WRITER, READERS = AccessMode.MULTI_NODE_MULTI_WRITER, AccessMode.MULTI_NODE_READER_ONLY
 ONE_WRITER, ONE_NODE = AccessMode.MULTI_NODE_SINGLE_WRITER, AccessMode.SINGLE_NODE_MULTI_WRITER

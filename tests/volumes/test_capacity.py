@@ -5,7 +5,8 @@ from bench import DRIVER, MIB, NODE, make_bench, mount_capability
 
 from csi_driver.config import HostPathPool
 from csi_driver.errors import InvalidArgument, Unavailable
-from csi_driver.volumes.model import AccessMode, AccessType, Capability, ClassParameters
+from csi_driver.volumes.model import AccessMode, AccessType
+from csi_driver.volumes.requests import Capability, ClassParameters
 
 pytestmark = pytest.mark.root
 HERE = {f"topology.{DRIVER}/node": NODE}

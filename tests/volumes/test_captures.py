@@ -16,7 +16,8 @@ from csi_driver.linux import btrfs, trees
 from csi_driver.volumes.captures import FILE_BY_FILE, POINT_IN_TIME, HoldToSource
 from csi_driver.volumes.groups import POINT_IN_TIME_EACH
 from csi_driver.volumes.jobs import JobCancelled, JobControl
-from csi_driver.volumes.model import ContentSource, CreateSnapshot, OnDelete, SourceKind
+from csi_driver.volumes.model import ContentSource, OnDelete, SourceKind
+from csi_driver.volumes.requests import CreateSnapshot
 from csi_driver.volumes.turns import Turns
 
 pytestmark = pytest.mark.root
@@ -274,13 +275,13 @@ def test_a_directory_that_another_volume_took_meanwhile_is_not_mistaken_for_ours
     """The top of every subvolume has the same inode number; who owns a place is told by something else."""
     taken = btrfs_bench.create("taken", directory="place")
     other = btrfs_bench.create("other")
-    contents = btrfs_bench.snapshots._contents
+    places = btrfs_bench.volumes._creation._places
     from dataclasses import replace
 
     record = btrfs_bench.pool().volumes.get(other.record.id)
     lost = replace(record, directory="place", claimed=True)
-    assert not contents.is_in_place(btrfs_bench.pool(), lost)
-    assert contents.is_in_place(btrfs_bench.pool(), btrfs_bench.pool().volumes.get(taken.record.id))
+    assert not places.is_in_place(btrfs_bench.pool(), lost)
+    assert places.is_in_place(btrfs_bench.pool(), btrfs_bench.pool().volumes.get(taken.record.id))
 
 
 def test_a_group_is_cut_back_to_back_and_says_what_that_is_worth(btrfs_bench):

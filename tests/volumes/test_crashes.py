@@ -22,8 +22,9 @@ from csi_driver.config import HostPathPool
 from csi_driver.errors import InvalidArgument, NotFound
 from csi_driver.linux.mountinfo import topmost_mount_at
 from csi_driver.volumes import sweeper
-from csi_driver.volumes.model import AccessMode, CapacityRange, NodePublication, OnDelete, Ownership, Page
+from csi_driver.volumes.model import AccessMode, NodePublication, OnDelete, Ownership
 from csi_driver.volumes.parameters import EPHEMERAL
+from csi_driver.volumes.requests import CapacityRange, Page
 
 pytestmark = pytest.mark.root
 

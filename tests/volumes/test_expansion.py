@@ -6,7 +6,7 @@ import pytest
 from csi_driver.errors import OutOfRange
 from csi_driver.rpc import csi_pb2 as csi
 from csi_driver.rpc import csi_pb2_grpc
-from csi_driver.volumes.model import CapacityRange
+from csi_driver.volumes.requests import CapacityRange
 from tests.driver_process import DriverProcess
 from tests.volumes.bench import MIB
 

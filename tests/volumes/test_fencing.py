@@ -52,9 +52,9 @@ def source(bench):
     return volume
 
 
-@pytest.mark.parametrize("step", ["place_volume", "_show_ready"])
+@pytest.mark.parametrize("step", ["place", "_show_ready"])
 def test_a_clone_whose_lock_was_lost_changes_nothing_of_what_another_has_made(bench, source, monkeypatch, step):
-    slow = Slow(monkeypatch, bench.volumes._contents, step, lambda: bench.clone("new", source))
+    slow = Slow(monkeypatch, bench.volumes._creation._places, step, lambda: bench.clone("new", source))
     lose_all_locks(bench)
     other = bench.restarted()
     made = other.clone("new", source)
@@ -68,10 +68,10 @@ def test_a_clone_whose_lock_was_lost_changes_nothing_of_what_another_has_made(be
 
 
 def test_a_clone_whose_lock_was_lost_leaves_what_another_is_making_alone(bench, source, monkeypatch):
-    first = Slow(monkeypatch, bench.volumes._contents, "place_volume", lambda: bench.clone("new", source))
+    first = Slow(monkeypatch, bench.volumes._creation._places, "place", lambda: bench.clone("new", source))
     lose_all_locks(bench)
     other = bench.restarted()
-    second = Slow(monkeypatch, other.volumes._contents, "place_volume", lambda: other.clone("new", source))
+    second = Slow(monkeypatch, other.volumes._creation._places, "place", lambda: other.clone("new", source))
     assert isinstance(first.go_on(), LockLost)
     made = second.go_on()
     assert seen(other.path(made)) == seen(other.path(source))
@@ -81,7 +81,7 @@ def test_a_clone_whose_lock_was_lost_leaves_what_another_is_making_alone(bench, 
 
 def test_a_clone_whose_lock_was_lost_to_nobody_is_made_by_the_retry(bench, source, monkeypatch):
     with monkeypatch.context() as patched:
-        slow = Slow(patched, bench.volumes._contents, "place_volume", lambda: bench.clone("new", source))
+        slow = Slow(patched, bench.volumes._creation._places, "place", lambda: bench.clone("new", source))
         lose_all_locks(bench)
         assert isinstance(slow.go_on(), LockLost)
     made = bench.clone("new", source)
@@ -94,8 +94,8 @@ def test_a_failed_clone_whose_lock_was_lost_takes_nothing_back_that_is_anothers(
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(bench.volumes._contents, "place_volume", fail)
-    slow = Slow(monkeypatch, bench.volumes, "_give_up", lambda: bench.clone("new", source))
+    monkeypatch.setattr(bench.volumes._creation._places, "place", fail)
+    slow = Slow(monkeypatch, bench.volumes._creation, "_give_up", lambda: bench.clone("new", source))
     lose_all_locks(bench)
     other = bench.restarted()
     made = other.clone("new", source)
@@ -104,9 +104,9 @@ def test_a_failed_clone_whose_lock_was_lost_takes_nothing_back_that_is_anothers(
     assert seen(other.path(made)) == seen(other.path(source))
 
 
-@pytest.mark.parametrize("step", ["place_snapshot", "seal_snapshot"])
+@pytest.mark.parametrize("step", ["place", "seal"])
 def test_a_snapshot_whose_lock_was_lost_changes_nothing_of_what_another_has_cut(bench, source, monkeypatch, step):
-    slow = Slow(monkeypatch, bench.snapshots._contents, step, lambda: bench.snapshot("s", source))
+    slow = Slow(monkeypatch, bench.snapshots._places, step, lambda: bench.snapshot("s", source))
     lose_all_locks(bench)
     other = bench.restarted()
     made = other.snapshot("s", source)
@@ -119,7 +119,7 @@ def test_a_snapshot_whose_lock_was_lost_changes_nothing_of_what_another_has_cut(
 
 def test_a_restore_whose_snapshot_was_deleted_behind_its_back_is_not_made(bench, source, monkeypatch):
     snapshot = bench.snapshot("s", source)
-    slow = Slow(monkeypatch, bench.volumes._contents, "copy", lambda: bench.restore("new", snapshot, 2 * MIB))
+    slow = Slow(monkeypatch, bench.volumes._creation._contents, "copy", lambda: bench.restore("new", snapshot, 2 * MIB))
     lose_all_locks(bench)
     other = bench.restarted()
     other.snapshots.delete(snapshot.record.handle)
@@ -131,7 +131,7 @@ def test_a_restore_whose_snapshot_was_deleted_behind_its_back_is_not_made(bench,
 def test_a_restore_whose_source_was_given_away_while_it_was_read_is_not_made(bench, source, monkeypatch):
     """All that it read was there, but nobody can know."""
     snapshot = bench.snapshot("s", source)
-    copied = bench.volumes._contents.copy
+    copied = bench.volumes._creation._contents.copy
 
     def copy(*arguments, **keywords):
         report = copied(*arguments, **keywords)
@@ -139,7 +139,7 @@ def test_a_restore_whose_source_was_given_away_while_it_was_read_is_not_made(ben
         return report
 
     with monkeypatch.context() as patched:
-        patched.setattr(bench.volumes._contents, "copy", copy)
+        patched.setattr(bench.volumes._creation._contents, "copy", copy)
         with pytest.raises(LockLost, match="was lost while it was read"):
             bench.restore("new", snapshot, 2 * MIB)
     assert bench.restore("new", snapshot, 2 * MIB)

@@ -12,7 +12,8 @@ from grpc import StatusCode
 
 from csi_driver.errors import NotFound, OperationPending
 from csi_driver.rpc.status import to_status
-from csi_driver.volumes.model import Page, Snapshot
+from csi_driver.volumes.answers import Snapshot
+from csi_driver.volumes.requests import Page
 
 IN_BACKGROUND = {StatusCode.CANCELLED, StatusCode.DEADLINE_EXCEEDED, StatusCode.UNAVAILABLE, StatusCode.ABORTED}
 """external-provisioner v6.3 (pkg/controller/controller.go, checkError): ProvisioningInBackground; all other codes end it."""

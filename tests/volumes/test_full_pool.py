@@ -10,7 +10,8 @@ from bench import make_bench, until
 
 from csi_driver.config import HostPathPool
 from csi_driver.errors import NotFound, ResourceExhausted
-from csi_driver.volumes.model import OnDelete, Page
+from csi_driver.volumes.model import OnDelete
+from csi_driver.volumes.requests import Page
 
 pytestmark = pytest.mark.root
 

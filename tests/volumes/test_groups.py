@@ -9,7 +9,8 @@ from trees import fill, seen
 
 from csi_driver.config import HostPathPool
 from csi_driver.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, OperationPending
-from csi_driver.volumes.model import ContentSource, Page, SourceKind
+from csi_driver.volumes.model import ContentSource, SourceKind
+from csi_driver.volumes.requests import Page
 
 
 def cut(bench, name, *volumes, seconds=60.0):

@@ -7,7 +7,8 @@ from bench import MIB, make_bench
 
 from csi_driver.config import HostPathPool
 from csi_driver.errors import NotFound, Unavailable
-from csi_driver.volumes.model import HealthLevel, Page
+from csi_driver.volumes.answers import HealthLevel
+from csi_driver.volumes.requests import Page
 
 pytestmark = pytest.mark.root
 

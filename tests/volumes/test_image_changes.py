@@ -31,7 +31,8 @@ from csi_driver.errors import FailedPrecondition, InvalidArgument, OperationPend
 from csi_driver.linux import image_filesystems
 from csi_driver.linux.mountinfo import topmost_mount_at
 from csi_driver.volumes import image_mounts
-from csi_driver.volumes.model import AccessMode, CapacityRange, ContentSource, Layout, SourceKind
+from csi_driver.volumes.model import AccessMode, ContentSource, Layout, SourceKind
+from csi_driver.volumes.requests import CapacityRange
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_mounts")]
 CAN_GROW_MOUNTED = ("xfs", *(("ext4",) if image_filesystems.may_grow_mounted("ext4") else ()))
@@ -309,7 +310,7 @@ def test_nothing_ever_shrinks(bench):
 def test_an_expansion_that_was_cut_off_is_completed_by_its_retry(bench, monkeypatch):
     volume = make_image(bench, "v", block())
     target = publish_alone(bench, volume, block(), "pod")
-    monkeypatch.setattr(bench.volumes._contents, "resize", lambda *_: (_ for _ in ()).throw(OSError(5, "cut off")))
+    monkeypatch.setattr(bench.volumes._creation._contents, "resize", lambda *_: (_ for _ in ()).throw(OSError(5, "cut off")))
     with pytest.raises(OSError, match="cut off"):
         bench.volumes.expand(volume.record.handle, CapacityRange(40 * MIB), None)
     with target.open("rb") as device:
@@ -419,7 +420,7 @@ def test_block_is_cloned_and_restored_bit_by_bit(bench):
 
 
 def test_an_image_in_use_is_not_copied_bit_by_bit(bench):
-    if bench.domain.services.volumes._contents._captures.abilities_of(bench.pool()).best in {"subvolume", "reflink"}:
+    if bench.domain.services.volumes._creation._contents._captures.abilities_of(bench.pool()).best in {"subvolume", "reflink"}:
         pytest.skip("needs a scratch directory on a filesystem without reflinks")
     volume = make_image(bench, "v", filesystem())
     staging = bench.stage(volume.record.handle, filesystem())

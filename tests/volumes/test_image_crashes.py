@@ -11,7 +11,7 @@ from images import MIB, block, devices_below, filesystem, make_image, take_down
 from csi_driver.config import HostPathPool
 from csi_driver.linux import mountinfo
 from csi_driver.linux.mountinfo import topmost_mount_at
-from csi_driver.volumes.model import CapacityRange
+from csi_driver.volumes.requests import CapacityRange
 
 pytestmark = [pytest.mark.minutes, pytest.mark.root, pytest.mark.usefixtures("own_mounts")]
 FORMS = pytest.mark.parametrize("capability", [filesystem("ext4"), block()], ids=["ext4", "block"])

@@ -23,16 +23,8 @@ from csi_driver.errors import (
 )
 from csi_driver.linux import loop_devices, mountinfo
 from csi_driver.linux.mountinfo import topmost_mount_at
-from csi_driver.volumes.model import (
-    AccessMode,
-    AccessType,
-    Capability,
-    ClassParameters,
-    Layout,
-    LimitPolicy,
-    Ownership,
-    StageVolume,
-)
+from csi_driver.volumes.model import AccessMode, AccessType, Layout, LimitPolicy, Ownership
+from csi_driver.volumes.requests import Capability, ClassParameters, StageVolume
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("own_mounts")]
 KINDS = ("ext4", "xfs")

@@ -13,8 +13,10 @@ from csi_driver.errors import AlreadyExists, FailedPrecondition, InvalidArgument
 from csi_driver.linux.mountinfo import topmost_mount_at
 from csi_driver.volumes.handles import VOLUME
 from csi_driver.volumes.inline import inline_name
-from csi_driver.volumes.model import DEFAULT_CAPACITY_BYTES, AccessMode, OnDelete, Page
+from csi_driver.volumes.lookup import volume_as_shown
+from csi_driver.volumes.model import AccessMode, OnDelete
 from csi_driver.volumes.parameters import EPHEMERAL
+from csi_driver.volumes.requests import DEFAULT_CAPACITY_BYTES, Page
 
 pytestmark = pytest.mark.root
 
@@ -51,7 +53,7 @@ def test_an_inline_volume_that_nothing_holds_to_its_size_says_so_in_its_record(b
     (record,) = records(bench)
     assert record.limit.limiter == "none"
     assert record.limit.level.startswith("none: ")
-    assert bench.volumes.show(bench.pool(), record).context["limit"] == record.limit.level
+    assert volume_as_shown(bench.pool(), record).context["limit"] == record.limit.level
 
 
 def test_publishing_twice_keeps_what_the_pod_has_written(bench):

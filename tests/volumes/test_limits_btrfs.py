@@ -11,7 +11,8 @@ from limit_stories import SIZE, Held, bench_on, complaints, du, stops_at, write
 from csi_driver.errors import FailedPrecondition
 from csi_driver.linux import btrfs, btrfs_qgroups
 from csi_driver.volumes.limiters import SUBVOLUMES
-from csi_driver.volumes.model import CapacityRange, LimitPolicy
+from csi_driver.volumes.model import LimitPolicy
+from csi_driver.volumes.requests import CapacityRange
 
 pytestmark = pytest.mark.root
 """limit_stories has no marks of its own."""

@@ -8,7 +8,7 @@ from bench import make_bench
 
 from csi_driver.config import HostPathPool
 from csi_driver.volumes.handles import SNAPSHOT
-from csi_driver.volumes.model import Page
+from csi_driver.volumes.requests import Page
 
 pytestmark = [pytest.mark.minutes, pytest.mark.root]
 

@@ -11,9 +11,10 @@ from csi_driver.backends.nfs import NfsBackend
 from csi_driver.config import NfsPool
 from csi_driver.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from csi_driver.linux import mountinfo
+from csi_driver.volumes.answers import HealthLevel
 from csi_driver.volumes.assembly import assemble
 from csi_driver.volumes.handles import Handle
-from csi_driver.volumes.model import AccessMode, HealthLevel, NodePublication
+from csi_driver.volumes.model import AccessMode, NodePublication
 from csi_driver.volumes.nodes import Nodes, address_towards
 from csi_driver.volumes.placement import Placements
 
@@ -182,8 +183,8 @@ def test_an_inline_volume_whose_server_is_away_is_unpublished_all_the_same(bench
 
 
 def _inline(bench, handle):
-    from csi_driver.volumes.model import PublishVolume
     from csi_driver.volumes.parameters import EPHEMERAL
+    from csi_driver.volumes.requests import PublishVolume
 
     return PublishVolume(handle, bench.target("pod"), mount_capability(), False, volume_context={EPHEMERAL: "true"})
 

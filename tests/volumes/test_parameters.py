@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csi_driver.errors import InvalidArgument
-from csi_driver.volumes.model import ClassParameters, LimitPolicy, OnDelete, Ownership
+from csi_driver.volumes.model import LimitPolicy, OnDelete, Ownership
 from csi_driver.volumes.parameters import (
     EPHEMERAL,
     PV_NAME,
@@ -21,6 +21,7 @@ from csi_driver.volumes.parameters import (
     parse_snapshot_parameters,
     parse_static_parameters,
 )
+from csi_driver.volumes.requests import ClassParameters
 
 HOSTILE = st.text() | st.sampled_from(
     [

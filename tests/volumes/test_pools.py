@@ -12,7 +12,7 @@ from trees import fill
 from csi_driver.backends.hostpath import HostPathBackend
 from csi_driver.config import HostPathPool
 from csi_driver.errors import FailedPrecondition, RecordDamaged, Unavailable
-from csi_driver.volumes.pools import PoolStore
+from csi_driver.volumes.pool_store import PoolStore
 
 DRIVER = "hostpath.csi.tatami.dev"
 

@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 from csi_driver.config import Budget, HostPathPool
 from csi_driver.errors import NotFound, OperationPending, OutOfRange, ResourceExhausted, Unavailable
 from csi_driver.volumes import promises
-from csi_driver.volumes.model import CapacityRange, ClassParameters, HealthLevel, OnDelete
+from csi_driver.volumes.answers import HealthLevel
+from csi_driver.volumes.model import OnDelete
 from csi_driver.volumes.parameters import EPHEMERAL
 from csi_driver.volumes.record_format import encode
+from csi_driver.volumes.requests import CapacityRange, ClassParameters
 
 DIGITS = str.maketrans("0123456789", "abcdefghij")
 
@@ -323,7 +325,7 @@ def test_whoever_keeps_the_lock_of_the_pool_is_waited_for_and_not_for_ever(small
     monkeypatch.setattr(promises, "WAIT_SECONDS", 0.5)
     other = small.restarted()
     began, finish = threading.Event(), threading.Event()
-    gate = other.domain.services.volumes._promises.gate(other.pool(), "x" * 26, MIB, MIB)
+    gate = other.domain.promises.gate(other.pool(), "x" * 26, MIB, MIB)
 
     def hold():
         with gate:
@@ -421,7 +423,7 @@ def test_volumes_that_are_attached_all_the_time_do_not_slip_through_the_counting
     attaching.start()
     try:
         for _ in range(60):
-            assert bench.domain.services.volumes._promises.room(bench.pool()).promised_bytes == 3001 * MIB
+            assert bench.domain.promises.room(bench.pool()).promised_bytes == 3001 * MIB
     finally:
         stop.set()
         attaching.join()

@@ -18,19 +18,8 @@ from csi_driver.errors import (
     RecordDamaged,
     ResourceExhausted,
 )
-from csi_driver.volumes.model import (
-    DEFAULT_CAPACITY_BYTES,
-    AccessMode,
-    AccessType,
-    Capability,
-    CapacityRange,
-    ContentSource,
-    NodePublication,
-    OnDelete,
-    Ownership,
-    Page,
-    SourceKind,
-)
+from csi_driver.volumes.model import AccessMode, AccessType, ContentSource, NodePublication, OnDelete, Ownership, SourceKind
+from csi_driver.volumes.requests import DEFAULT_CAPACITY_BYTES, Capability, CapacityRange, Page
 
 HERE = {f"topology.{DRIVER}/node": NODE}
 

@@ -13,16 +13,9 @@ from trees import fill, seen
 from csi_driver.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, OperationPending, OutOfRange
 from csi_driver.linux import mountinfo
 from csi_driver.linux.mountinfo import topmost_mount_at
-from csi_driver.volumes.model import (
-    AccessMode,
-    AccessType,
-    Capability,
-    CapacityRange,
-    NodePublication,
-    PublishVolume,
-    StageVolume,
-)
+from csi_driver.volumes.model import AccessMode, AccessType, NodePublication
 from csi_driver.volumes.parameters import EPHEMERAL
+from csi_driver.volumes.requests import Capability, CapacityRange, PublishVolume, StageVolume
 
 pytestmark = pytest.mark.root
 READ_ONLY = mount_capability(AccessMode.SINGLE_NODE_READER_ONLY)

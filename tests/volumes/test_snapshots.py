@@ -16,7 +16,8 @@ from csi_driver.errors import (
     RecordDamaged,
     ResourceExhausted,
 )
-from csi_driver.volumes.model import CapacityRange, ContentSource, CreateSnapshot, Page, SourceKind
+from csi_driver.volumes.model import ContentSource, SourceKind
+from csi_driver.volumes.requests import CapacityRange, CreateSnapshot, Page
 
 
 def content(bench, snapshot):

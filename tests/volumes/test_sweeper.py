@@ -13,7 +13,8 @@ from trees import fill, seen
 from csi_driver.config import HostPathPool
 from csi_driver.errors import OperationPending
 from csi_driver.volumes.handles import SNAPSHOT, VOLUME
-from csi_driver.volumes.model import CreateSnapshot, Page, Phase
+from csi_driver.volumes.model import Phase
+from csi_driver.volumes.requests import CreateSnapshot, Page
 from csi_driver.volumes.sweeper import ABANDONED_SECONDS
 
 LONG_AGO = int((time.time() - ABANDONED_SECONDS - 60) * 1e9)

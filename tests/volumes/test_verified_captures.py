@@ -20,7 +20,8 @@ from csi_driver.linux.tree_digests import digest_tree
 from csi_driver.rpc.status import to_status
 from csi_driver.volumes import manifests, verification
 from csi_driver.volumes.jobs import JobControl, Jobs
-from csi_driver.volumes.model import ContentSource, CreateSnapshot, Page, SourceKind
+from csi_driver.volumes.model import ContentSource, SourceKind
+from csi_driver.volumes.requests import CreateSnapshot, Page
 
 
 @pytest.fixture

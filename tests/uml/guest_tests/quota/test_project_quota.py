@@ -29,7 +29,8 @@ from csi_driver.linux import project_limits, quota
 from csi_driver.linux.project_limits import FIRST, LAST, claim
 from csi_driver.linux.projects import Project, project_of, set_project
 from csi_driver.volumes.limiters import OWNERS, PRIVILEGED
-from csi_driver.volumes.model import CapacityRange, ClassParameters, LimitPolicy
+from csi_driver.volumes.model import LimitPolicy
+from csi_driver.volumes.requests import CapacityRange, ClassParameters
 
 NONE_POSSIBLE = {"tmpfs": "no project quota", "ext4": "prjquota", "xfs": "prjquota"}
 CHANGE = """
