@@ -74,7 +74,7 @@ class VolumeCreation:
         record_id = store.id_of(VOLUME, request.name)
         found = self._names.find(store, record_id, request)
         if found is not None and found.phase is Phase.READY:
-            return volume_as_shown(store, found)
+            return self._show_found(store, found)
         if request.source is None:
             return self._create_locked(store, record_id, request, None)
         made = self._jobs.run(record_id, lambda job: self._create_locked(store, record_id, request, job), deadline)
@@ -107,10 +107,17 @@ class VolumeCreation:
                 self._removal.complete(store, record_id)
                 record = self._begin(store, record_id, request)
             elif record.phase is Phase.CREATING and not self._places.is_in_place(store, record):
-                record = self._fence.take_over(store, store.volumes, record)
+                with may_be_left(f"volume {record.handle}"):
+                    record = self._fence.take_over(store, store.volumes, record)
             if record.phase is Phase.CREATING:
-                record = self._complete(store, record, job)
-            return volume_as_shown(store, record)
+                return volume_as_shown(store, self._complete(store, record, job))
+            return self._show_found(store, record)
+
+    def _show_found(self, store: PoolStore, record: VolumeRecord) -> Volume:
+        """Show a volume that was there already. Who made it may have been killed before the last step was on the disk."""
+        with may_be_left(f"volume {record.handle}"):
+            store.volumes.settle()
+        return volume_as_shown(store, record)
 
     def _begin(self, store: PoolStore, record_id: str, request: CreateVolume) -> VolumeRecord:
         form = self._choose_form(store, request)
@@ -233,6 +240,7 @@ class VolumeCreation:
             trash_staging(store, record.id, record.token)
         if current is not None:
             self._places.release_claim(store, current)
+            self._fence.require(store, store.volumes, current)
             store.volumes.remove(record.id)
         return True
 

@@ -6,6 +6,8 @@ the name of what it builds: whoever takes a creation over writes his there first
 and the token are asked for. Between the question and the step lies a moment in which nothing helps; it is no longer a copy's hours.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -37,3 +39,9 @@ class Fence:
         current = records.get(record.id)
         if current is None or (current.token, current.phase) != (record.token, Phase.CREATING):
             raise LockLost(f"another controller has taken over {record.handle} meanwhile; try again")
+
+    @contextmanager
+    def gate(self, store: PoolStore, records: RecordFolder[_Record], record: _Record) -> Iterator[None]:
+        """Ask as the last thing before the step that is made within: what went to the disk until then took its time. Raises LockLost."""
+        self.require(store, records, record)
+        yield

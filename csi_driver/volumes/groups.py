@@ -47,6 +47,8 @@ class Groups:
         wanted = tuple(sorted(set(source_handles)))
         found = self._find_name(name, wanted)
         if found is not None and found[1].phase is Phase.READY:
+            with may_be_left(f"group {found[1].handle}"):
+                found[0].groups.settle()
             return self._show(*found)
         # What was cut off is completed or taken back even if a source has gone meanwhile.
         store = found[0] if found is not None else self._one_pool([self._sources.volume(handle) for handle in wanted])

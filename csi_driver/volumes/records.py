@@ -84,6 +84,11 @@ class RecordFolder(Generic[R]):
         with self._open() as folder, files.drafted(folder, record.id + _SUFFIX, record_format.encode(record)) as show:
             yield lambda gate: show(gate, files.sync_directory)
 
+    def settle(self) -> None:
+        """See to it that the records that can be seen are on the disk: who wrote one may have been killed before it was. Raises OSError."""
+        with self._open() as folder:
+            files.sync_directory(folder)
+
     def remove(self, record_id: str) -> None:
         """Remove a record; one that is gone already is fine."""
         with self._open() as folder:

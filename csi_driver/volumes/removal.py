@@ -16,6 +16,7 @@ from csi_driver.linux import files
 from csi_driver.linux.renames import rename_directory
 from csi_driver.volumes.attempts import trash_staging
 from csi_driver.volumes.contents import content_key
+from csi_driver.volumes.fencing import Fence
 from csi_driver.volumes.handles import SNAPSHOT, VOLUME
 from csi_driver.volumes.limits import Limits
 from csi_driver.volumes.locks import KeyedLocks
@@ -35,6 +36,7 @@ class VolumeRemoval:
         self._locks = locks
         self._places = places
         self._limits = limits
+        self._fence = Fence(locks, "volume")
 
     def remove(self, store: PoolStore, record: VolumeRecord) -> None:
         """Delete, retain or archive the volume.
@@ -53,6 +55,7 @@ class VolumeRemoval:
                 # Nobody was ever told of this volume, and what lies at its directory is not its content.
                 trash_staging(store, record.id)
                 self._places.release_claim(store, record)
+                self._fence.require(store, store.volumes, record)
                 store.volumes.remove(record.id)
                 return
             # What was never shown to anybody holds nothing that somebody would want to keep.

@@ -73,6 +73,8 @@ class Snapshots:
     def _create(self, request: CreateSnapshot, deadline: float) -> Snapshot:
         found = self._find_name(request.name, request.source_handle)
         if found is not None and found[1].phase is Phase.READY:
+            with may_be_left(f"snapshot {found[1].handle}"):
+                found[0].snapshots.settle()
             return show(*found)
         # What was cut off is completed or taken back even if the source has gone meanwhile.
         store = found[0] if found is not None else self._sources.volume(request.source_handle)[0]
@@ -103,11 +105,13 @@ class Snapshots:
                 _, source = self._sources.volume(request.source_handle)
                 record = self.begin(store, record_id, request.name, source, None)
             elif record.phase is Phase.CREATING and not self.is_cut(store, record):
-                record = self.take_over(store, record)
+                with may_be_left(f"snapshot {record.handle}"):
+                    record = self.take_over(store, record)
             if record.phase is Phase.CREATING:
                 return show(store, self._complete(store, record, job, digests=request.digests))
             with may_be_left(f"snapshot {record.handle}"):
-                return show(store, self.make_ready(store, record))
+                store.snapshots.settle()
+            return show(store, record)
 
     def _complete(self, store: PoolStore, record: SnapshotRecord, job: JobControl, *, digests: bool) -> SnapshotRecord:
         """Cut and place a snapshot and make it ready; where one of the first two fails, nothing is left of it."""
@@ -124,8 +128,7 @@ class Snapshots:
             except BaseException as error:  # noqa: BLE001 - raised again
                 take_back(error, lambda: self.give_up(store, record.id, record.token), f"snapshot {record.handle}")
             with may_be_left(f"snapshot {record.handle}"):
-                self._fence.require(store, store.snapshots, record)
-                show_ready(files.OPEN)
+                show_ready(self._fence.gate(store, store.snapshots, record))
         return ready
 
     # --- the steps, which group snapshots share -------------------------------------------------------------------------------------

@@ -82,18 +82,21 @@ class VolumePlaces:
                         f"directory {quoted(record.directory)}: what it lies in hands on a project id (chattr +P), so it takes in no volume that "
                         "has one of its own; choose another `directory`"
                     ) from error
-                self._show_ready(store, record, lambda: show(_ordered(parent, staging)))
+                show(self._gate(store, record, parent, staging))
         return ready
-
-    def _show_ready(self, store: PoolStore, record: VolumeRecord, show: Callable[[], None]) -> None:
-        self._fence.require(store, store.volumes, record)
-        show()
 
     def make_ready(self, store: PoolStore, record: VolumeRecord) -> VolumeRecord:
         """Say that a volume, whose content came into its place before a crash, is ready. Returns the record as it now is."""
-        self._fence.require(store, store.volumes, record)
         with store.open_parent(record.directory) as (parent, _), store.open(STAGING) as staging:
-            return store.volumes.replace(replace(record, phase=Phase.READY), _ordered(parent, staging))
+            return store.volumes.replace(replace(record, phase=Phase.READY), self._gate(store, record, parent, staging))
+
+    @contextmanager
+    def _gate(self, store: PoolStore, record: VolumeRecord, *directories: int) -> Iterator[None]:
+        """The gate (files.py) of a record that says ready: what it says of these directories reaches the disk before it does."""
+        for directory in directories:
+            files.order_directory(directory)
+        with self._fence.gate(store, store.volumes, record):
+            yield
 
     @contextmanager
     def hold_own(self, store: PoolStore, record: VolumeRecord) -> Iterator[bool]:
@@ -117,12 +120,13 @@ class VolumePlaces:
             yield own
 
     def release_claim(self, store: PoolStore, record: VolumeRecord) -> None:
-        """Remove the empty directory that a creation which now fails had claimed."""
+        """Remove the empty directory that a creation which now fails had claimed, if the creation is still the caller's."""
         if not record.claimed:
             return
         try:
             with self._hold_place(store, record.directory), store.open_parent(record.directory) as (parent, name):
                 if not self._may_be_anothers(store, record):
+                    self._fence.require(store, store.volumes, record)  # all records were read meanwhile
                     os.rmdir(name, dir_fd=parent)
         except (OperationPending, OSError):
             return  # somebody makes it his, it is not empty, or not there: not ours to remove
@@ -153,14 +157,6 @@ class VolumePlaces:
             for parent in parents_of(directory):
                 held.enter_context(self._locks.hold(store, place_lock(parent), shared=True))
             yield
-
-
-@contextmanager
-def _ordered(*directories: int) -> Iterator[None]:
-    """The gate (files.py) of a record that speaks of names in these directories: it reaches the disk after them."""
-    for directory in directories:
-        files.order_directory(directory)
-    yield
 
 
 def _exists(store: PoolStore, directory: str) -> InvalidArgument:

@@ -10,6 +10,7 @@ from bench import MIB
 from trees import fill, seen
 
 from csi_driver.errors import LockLost, NotFound, OperationPending, Unavailable
+from csi_driver.linux import files
 
 
 def lose_all_locks(bench):
@@ -52,9 +53,11 @@ def source(bench):
     return volume
 
 
-@pytest.mark.parametrize("step", ["place", "_show_ready"])
+@pytest.mark.parametrize("step", ["place", "gate"])
 def test_a_clone_whose_lock_was_lost_changes_nothing_of_what_another_has_made(bench, source, monkeypatch, step):
-    slow = Slow(monkeypatch, bench.volumes._creation._places, step, lambda: bench.clone("new", source))
+    places = bench.volumes._creation._places
+    # "gate": what says ready is on the disk, and only has to be given its name.
+    slow = Slow(monkeypatch, places._fence if step == "gate" else places, step, lambda: bench.clone("new", source))
     lose_all_locks(bench)
     other = bench.restarted()
     made = other.clone("new", source)
@@ -100,6 +103,24 @@ def test_a_failed_clone_whose_lock_was_lost_takes_nothing_back_that_is_anothers(
     other = bench.restarted()
     made = other.clone("new", source)
     assert isinstance(slow.go_on(), Exception)
+    assert other.volumes.get(made.record.handle) == made
+    assert seen(other.path(made)) == seen(other.path(source))
+
+
+def test_a_failed_clone_whose_lock_was_lost_while_it_read_all_records_takes_nothing_back(bench, source, monkeypatch):
+    failures, move = iter([OSError(28, "No space left on device")]), files.move_into_place
+
+    def fail_once(*arguments):
+        for failure in failures:
+            raise failure
+        return move(*arguments)
+
+    monkeypatch.setattr(files, "move_into_place", fail_once)
+    slow = Slow(monkeypatch, bench.volumes._creation._places, "_may_be_anothers", lambda: bench.clone("new", source))
+    lose_all_locks(bench)
+    other = bench.restarted()
+    made = other.clone("new", source)
+    assert isinstance(slow.go_on(), OperationPending | Unavailable)
     assert other.volumes.get(made.record.handle) == made
     assert seen(other.path(made)) == seen(other.path(source))
 

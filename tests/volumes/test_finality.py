@@ -3,16 +3,20 @@
 import errno
 import itertools
 import os
+import shutil
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from bench import MIB
 from grpc import StatusCode
 
-from csi_driver.errors import NotFound, OperationPending
+from csi_driver.errors import NotFound, OperationPending, Unavailable
+from csi_driver.linux import files
 from csi_driver.rpc.status import to_status
 from csi_driver.volumes.answers import Snapshot
+from csi_driver.volumes.model import Phase
 from csi_driver.volumes.requests import Page
 
 IN_BACKGROUND = {StatusCode.CANCELLED, StatusCode.DEADLINE_EXCEEDED, StatusCode.UNAVAILABLE, StatusCode.ABORTED}
@@ -196,3 +200,47 @@ def test_no_member_is_seen_before_its_group_is_whole_whatever_was_killed(bench, 
             fresh.restore("restored", Snapshot(member, None))
     made = group(fresh, "g", sources)
     assert sorted(shown.record.handle for shown in fresh.snapshots.list(Page(), "", "")[0]) == sorted(made.members)
+
+
+@pytest.mark.parametrize("kind", ["clone", "snapshot"])
+def test_a_retry_that_cannot_even_take_over_what_was_cut_off_is_asked_for_again(bench, monkeypatch, kind):
+    source = bench.create("source")
+    make = {"clone": lambda: bench.clone("new", source), "snapshot": lambda: bench.snapshot("new", source)}[kind]
+    folder = bench.pool().volumes if kind == "clone" else bench.pool().snapshots
+    made = make().record
+    folder.replace(
+        replace(made, phase=Phase.CREATING, **({"claimed": False, "content_inode": None} if kind == "clone" else {}))
+    )
+    place = bench.pool().backend.root() / (made.directory if kind == "clone" else f".csi/snapshots-data/{made.id}")
+    shutil.rmtree(place)  # as after a kill in the midst of the copy
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "write_atomically", full)
+        with pytest.raises(Unavailable, match="may have been made"):
+            make()
+    assert make().record.phase is Phase.READY
+
+
+@pytest.mark.parametrize("kind", ["volume", "clone", "snapshot", "group"])
+def test_what_is_found_ready_is_on_the_disk_before_it_is_answered(bench, monkeypatch, kind):
+    """Who made it may have been killed after its record could be seen, and before that had reached the disk."""
+    source = bench.create("source")
+    make, folder = {
+        "volume": (lambda: bench.create("source"), "volumes"),
+        "clone": (lambda: bench.clone("new", source), "volumes"),
+        "snapshot": (lambda: bench.snapshot("new", source), "snapshots"),
+        "group": (lambda: bench.groups.create("new", [source.record.handle], time.monotonic() + 30), "groups"),
+    }[kind]
+    make()
+    synced, fsync = [], os.fsync
+
+    def note(descriptor):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    make()
+    assert f"{bench.pool().backend.root()}/.csi/{folder}" in synced
