@@ -5,6 +5,7 @@ from cluster.driver import HOSTPATH
 from cluster.images import BUSYBOX
 from cluster.kubectl import Kubectl, Object, ready
 from cluster.layout import CHECKOUT
+from cluster.nodes import Node
 from cluster.objects import claim, of_claim, pod, storage_class
 from cluster.progress import wait_until
 from cluster.story import Story
@@ -26,6 +27,9 @@ def test_an_uninstalled_driver_leaves_nothing_but_retained_data_and_a_new_one_go
     image = Kubectl(driver.NAMESPACE).find("daemonsets")[0]["spec"]["template"]["spec"]["containers"][0]["image"]
     pv = story.bound("data")["metadata"]["name"]
     story.k.delete("pod", "writer")
+    for node in story.nodes.values():
+        # The pod is gone before the kubelet has unstaged its volume.
+        wait_until(f"{node.name} to let go of all volumes", lambda: _mounts(node) == [], 60)  # noqa: B023
     driver.uninstall()
     try:
         assert not Kubectl().exists("csidriver", HOSTPATH)
@@ -35,12 +39,16 @@ def test_an_uninstalled_driver_leaves_nothing_but_retained_data_and_a_new_one_go
         for node in story.nodes.values():
             wait_until(f"{node.name} to forget the driver", lambda: _drivers(node.name) == [], 60)  # noqa: B023
             assert list(node.see("/var/lib/kubelet/plugins_registry").iterdir()) == []
-            assert [mount for mount in node.mounts() if HOSTPATH in mount] == []
+            assert _mounts(node) == []
     finally:
         driver.upgrade(driver.values(image.rpartition(":")[2]))
         story.k.patch("pv", pv, {"spec": {"persistentVolumeReclaimPolicy": "Delete"}})
     story.run(pod("reader", {"/data": of_claim("data")}), 120)
     assert story.k.sh("reader", "cat /data/letter") == "kept\n"
+
+
+def _mounts(node: Node) -> list[str]:
+    return [mount for mount in node.mounts() if HOSTPATH in mount]
 
 
 def _of_the_release(kind: str) -> list[Object]:
