@@ -112,10 +112,11 @@ def test_raw_block_is_grown_under_its_user_and_read_only_where_it_shall_be(clust
     reader = cluster.use(use.volume, 0, mode=RWO, block=True, readonly=True, pod="reader")
     cluster.publish(reader)
     assert shell(reader, f"head -c 4 {reader.target}") == "mine"
-    done = shell(
-        reader, f"blockdev --setrw {reader.target}; dd if=/dev/zero of={reader.target} bs=4k count=1 conv=fsync", check=False
-    )
+    # As a pod without capabilities: who has CAP_SYS_ADMIN makes any device writable.
+    shell(reader, f"setpriv --bounding-set=-all blockdev --setrw {reader.target}", check=False)
+    done = shell(reader, f"dd if=/dev/zero of={reader.target} bs=4k count=1 conv=notrunc,fsync", check=False)
     assert done.returncode != 0
+    assert shell(reader, f"head -c 4 {reader.target}") == "mine"
     cluster.unpublish(reader)
 
 
