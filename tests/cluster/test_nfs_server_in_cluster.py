@@ -26,6 +26,14 @@ GAP = 60 * PATIENCE  # seconds: a new server, its grace period, and clients that
 # name of its volume and pod -> node, and whose volume it looks at
 WRITERS = {"one": ("nfs1", "two"), "two": ("nfs2", "one")}
 
+MOUNT_FROM_A_POD = """
+mkdir -p /run/from-a-pod
+network=$(ls /run/netns | head -n 1)
+if nsenter --net="/run/netns/$network" mount -t nfs -o vers=4.2,retry=0 "$1:/export" /run/from-a-pod 2>&1; then
+  umount /run/from-a-pod
+fi
+"""
+
 
 @pytest.fixture
 def server(story: Story) -> str:
@@ -49,6 +57,7 @@ def upper(story: Story, share: Share, server: str) -> Iterator[str]:
     running = Kubectl(driver.NFS_NAMESPACE).find("daemonsets")[0]["spec"]["template"]["spec"]["containers"][0]["image"]
     wanted = driver.nfs_values(running.rpartition(":")[2], server, "/export")
     wanted["snapshots"] = "never"
+    wanted["nfs"]["pools"]["default"]["size"] = "5Gi"  # of the server's disk
     wanted["nfs"] |= {
         "driverName": "inner.csi.tatami.dev",
         "storageClasses": [{"name": CLASS}],
@@ -70,7 +79,7 @@ def upper(story: Story, share: Share, server: str) -> Iterator[str]:
 
 
 def test_a_server_on_a_hostpath_volume_comes_back_to_its_data_under_the_writers_of_its_pool(
-    story: Story, upper: str, server: str
+    story: Story, share: Share, upper: str, server: str
 ):
     disk = story.bound("nfs-server")
     node = story.nodes[node_of_volume(disk)[0]]
@@ -87,6 +96,9 @@ def test_a_server_on_a_hostpath_volume_comes_back_to_its_data_under_the_writers_
         # What is written on one guest lies in the hostpath volume of another node, and is read on the other guest.
         assert (directories[name] / "log").read_text().startswith("1 ")
         assert story.k.sh(name, "head -n 1 /other/log").startswith("1 "), other
+
+    # Whoever is no node, as the pods are not, finds no export.
+    assert "No such file or directory" in share.nodes[1].sh(MOUNT_FROM_A_POD, server)
 
     before = [writer.written() for writer in writers]
     first = story.pods("nfs-server")[0]["metadata"]["name"]
