@@ -72,10 +72,11 @@ def upper(story: Story, share: Share, server: str) -> Iterator[str]:
         yield namespace
     finally:
         # Also when the story failed: what uses the server goes before the driver, the driver before the server.
-        story.k.delete("pods", *WRITERS, now=True, timeout=120)
-        story.k.delete("pvc", *WRITERS, timeout=120)
-        driver.uninstall("inner", namespace)
-        Kubectl().delete("namespace", namespace, wait=False)
+        try:
+            _remove_volumes(story)
+        finally:
+            driver.uninstall("inner", namespace)
+            Kubectl().delete("namespace", namespace, wait=False)
 
 
 def test_a_server_on_a_hostpath_volume_comes_back_to_its_data_under_the_writers_of_its_pool(
@@ -118,19 +119,23 @@ def test_a_server_on_a_hostpath_volume_comes_back_to_its_data_under_the_writers_
         writer.check(lines, GAP)
 
     # Away in the order of docs/nfs.md: pods and claims, then (the fixture) their driver, then the server and its disk.
-    story.k.delete("pods", *WRITERS, now=True, timeout=120)
-    story.k.delete("pvc", *WRITERS, timeout=120)
+    _remove_volumes(story)
     for directory in directories.values():
         wait_until(f"the end of {directory}", lambda: not directory.exists(), 60)  # noqa: B023
-    wait_until("the end of the volumes", lambda: _names(story.volumes()) == [disk["metadata"]["name"]], 60)
 
 
 def _sources(story: Story, name: str) -> str:
     return story.k.sh(name, "cut -d' ' -f1 /proc/mounts").replace("\n", " ")
 
 
-def _names(objects: list[Object]) -> list[str]:
-    return [item["metadata"]["name"] for item in objects]
+def _remove_volumes(story: Story) -> None:
+    story.k.delete("pods", *WRITERS, now=True, timeout=120)
+    story.k.delete("pvc", *WRITERS, timeout=120)
+    wait_until("the end of the pool's volumes", lambda: not _of_the_pool(story), 60)
+
+
+def _of_the_pool(story: Story) -> list[Object]:
+    return [pv for pv in story.volumes() if pv["spec"]["storageClassName"] == CLASS]
 
 
 def _restarts(story: Story, name: str) -> int:
