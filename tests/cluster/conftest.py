@@ -75,7 +75,8 @@ def pytest_runtest_makereport(item, call):
         try:
             report.sections.append(("the story's objects", story.explain()))
             on_nfs = "share" in item.fixturenames
-            report.sections.append(("the driver", driver.explain(driver.NFS_NAMESPACE if on_nfs else driver.NAMESPACE)))
+            for namespace in (driver.NFS_NAMESPACE if on_nfs else driver.NAMESPACE, *story.releases):
+                report.sections.append((f"the driver in {namespace}", driver.explain(namespace)))
         except (RuntimeError, OSError, TimeoutError) as error:
             report.sections.append(("no explanation", str(error)))
     return report

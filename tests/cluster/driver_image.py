@@ -25,17 +25,16 @@ def driver_image() -> tuple[str, Path]:
     archive = CACHE / "images" / f"driver-{name.rpartition(':')[2]}.tar"
     if archive.exists():
         return name, archive
-    STORE.mkdir(parents=True, exist_ok=True)
-    _make_base()
+    make_base()
     if not any((CHECKOUT / "wheels").glob("*.whl")):
         subprocess.run(["make", "--no-print-directory", "wheels"], cwd=CHECKOUT, check=True)
     with step("building the driver's image"):
-        _logged("build", str(CHECKOUT / "deploy" / "build-image"), name)
+        logged("build", str(CHECKOUT / "deploy" / "build-image"), name)
         archive.parent.mkdir(exist_ok=True)
         for stale in archive.parent.glob("driver-*"):
             stale.unlink()
         partial = archive.with_suffix(".partial")
-        _logged("build", "buildah", "push", "--quiet", name, f"docker-archive:{partial}:{name}")
+        logged("build", "buildah", "push", "--quiet", name, f"docker-archive:{partial}:{name}")
         partial.rename(archive)
         _forget_others(name)
     say(f"the driver's image has {archive.stat().st_size / 1e6:.0f} MB")
@@ -44,24 +43,26 @@ def driver_image() -> tuple[str, Path]:
 
 def _forget_others(name: str) -> None:
     """Remove earlier images of the driver and what only they were made from: without layers that share files, that is gigabytes."""
-    known = _logged("build", "buildah", "images", "--format", "{{.Name}}:{{.Tag}}").split()
+    known = logged("build", "buildah", "images", "--format", "{{.Name}}:{{.Tag}}").split()
     for other in known:
         if other.startswith(f"{NAME}:") and other != name:
-            _logged("build", "buildah", "rmi", other)
-    _logged("build", "buildah", "rmi", "--prune", "--force")
+            logged("build", "buildah", "rmi", other)
+    logged("build", "buildah", "rmi", "--prune", "--force")
 
 
-def _make_base() -> None:
+def make_base() -> None:
+    """Make the local image that Debian's has the name of, unless it is there."""
+    STORE.mkdir(parents=True, exist_ok=True)
     if subprocess.run(["buildah", "inspect", BASE], env=_environment(), capture_output=True, check=False).returncode == 0:
         return
     with step(f"making {BASE} from Debian's packages"):
         root = STORE / "base"
         shutil.rmtree(root, ignore_errors=True)
         try:
-            _logged("base", "debootstrap", "--variant=minbase", SUITE, str(root))
-            container = _logged("base", "buildah", "from", "--name", "base", "scratch").strip()
-            _logged("base", "buildah", "add", "--quiet", container, str(root), "/")
-            _logged("base", "buildah", "commit", "--quiet", "--rm", container, BASE)
+            logged("base", "debootstrap", "--variant=minbase", SUITE, str(root))
+            container = logged("base", "buildah", "from", "--name", "base", "scratch").strip()
+            logged("base", "buildah", "add", "--quiet", container, str(root), "/")
+            logged("base", "buildah", "commit", "--quiet", "--rm", container, BASE)
         finally:
             shutil.rmtree(root, ignore_errors=True)
 
@@ -79,7 +80,7 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _logged(log: str, *command: str) -> str:
+def logged(log: str, *command: str) -> str:
     """Run a command, keep what it says on stderr in a log, return its output. Raises RuntimeError with the log's end."""
     path = STORE / f"{log}.log"
     with path.open("ab") as stream:

@@ -23,6 +23,8 @@ class Story:
         digest = hashlib.sha256(f"{name}{time.time_ns()}".encode()).hexdigest()
         self.namespace = f"story-{digest[:8]}"
         self.k = Kubectl(self.namespace)
+        self.releases: list[str] = []
+        """Namespaces of drivers that the story has installed itself: their logs are wanted, too, when it fails."""
         self._cluster_wide: list[tuple[str, str]] = []
 
     def begin(self) -> None:
