@@ -97,12 +97,13 @@ class Sweeper:
             self._wake.clear()  # before the round: what comes into the trash from here on is seen now or in the next one
             started = time.monotonic()
             report = SweepReport()
-            if started >= next_sweep:
+            is_due = started >= next_sweep
+            if is_due:
                 self._each_pool(self._leftovers, report, patient=True)
                 self._sweep_orphans(report, patient=True)
                 next_sweep = started + INTERVAL_SECONDS
             self._each_pool(self._empty_trash, report, patient=True)
-            if started + INTERVAL_SECONDS == next_sweep:
+            if is_due:
                 # Last: a volume from another disk is walked file by file, which may take hours.
                 self._each_pool(self._renew_limits, report, patient=True)
             observe(time.monotonic() - started, report)
