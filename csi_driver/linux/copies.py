@@ -82,7 +82,7 @@ def copy_tree(
 
     `should_stop` is asked before each entry and each 8 MiB; it may sleep, to slow the copy down. `workers` is how many threads carry;
     all of them ask `should_stop`. `patience` is how long the copy waits in all for write leases (fcntl(2)) that are not given back, by
-    default a minute. Nothing is synced: `files.sync_filesystem(target_fd)` does it at once for all.
+    default a minute. Nothing is synced: `system_calls.sync_filesystem(target_fd)` does it at once for all.
     Raises WalkStopped; OSError for what is no matter of the target's abilities (EIO, ENOSPC, EDQUOT, EACCES; EAGAIN where leases
     outlast the patience; ENOTEMPTY for a target that is not empty; ESTALE when a directory more than 64 levels deep was moved away
     meanwhile). The target is then a torso.

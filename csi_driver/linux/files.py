@@ -14,28 +14,23 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
-from csi_driver.linux.beneath import open_beneath
-from csi_driver.linux.system_calls import filesystem_type, sync_file_range_wait, sync_filesystem
+from csi_driver.linux.system_calls import filesystem_type, sync_file_range_wait
 
 __all__ = [
     "OPEN",
     "create_exclusively",
     "drafted",
-    "make_directories_beneath",
     "move_into_place",
-    "open_beneath",
     "order_directory",
     "read_bounded",
     "remove_leftover_temporaries",
     "sync_directory",
-    "sync_filesystem",
     "write_atomically",
 ]
 
 TEMPORARY_PREFIX = ".tmp."
 OPEN: AbstractContextManager[object] = contextlib.nullcontext()
 """The gate that refuses nothing."""
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _EXT_MAGIC = 0xEF53
 _XFS_MAGIC = 0x58465342
 
@@ -188,36 +183,6 @@ def remove_leftover_temporaries(directory_fd: int, older_than_seconds: float) ->
     return removed
 
 
-def make_directories_beneath(directory_fd: int, path: str, mode: int, *, exclusive: bool) -> list[str]:
-    """Make the directory `path` and those above it as needed, below the directory, and return those made, topmost first.
-
-    Those made get exactly `mode` (no umask) and are durable. With `exclusive` the last one must not exist yet. Raises OSError:
-    FileExistsError for that, ELOOP or ENOTDIR where something else stands in the way, EXDEV for `..` or a mount point,
-    EINVAL for a path without a name; what was made is then removed again.
-    """
-    components = [part for part in path.split("/") if part not in {"", "."}]
-    if path.startswith("/") or ".." in components:
-        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), path)
-    if not components:
-        raise OSError(errno.EINVAL, "names no directory", path)
-    made: list[str] = []
-    parent = os.dup(directory_fd)
-    try:
-        for depth, component in enumerate(components, start=1):
-            if _make_directory(parent, component, mode, exclusive=exclusive and depth == len(components)):
-                made.append("/".join(components[:depth]))
-            child = open_beneath(parent, component, _DIRECTORY)
-            os.close(parent)
-            parent = child
-    except OSError:
-        for one in reversed(made):
-            _remove_made(directory_fd, one)
-        raise
-    finally:
-        os.close(parent)
-    return made
-
-
 def move_into_place(source_directory_fd: int, source_name: str, target_directory_fd: int, target_name: str) -> None:
     """Move a directory over an empty one that the caller made by exclusive mkdir; it lasts once both ends are synced.
 
@@ -225,38 +190,6 @@ def move_into_place(source_directory_fd: int, source_name: str, target_directory
     Raises OSError: ENOTEMPTY or EEXIST when it is no longer empty, ENOTDIR when it is no directory, ENOENT when the source is gone.
     """
     os.rename(_single(source_name), _single(target_name), src_dir_fd=source_directory_fd, dst_dir_fd=target_directory_fd)
-
-
-def _make_directory(parent_fd: int, name: str, mode: int, *, exclusive: bool) -> bool:
-    try:
-        os.mkdir(name, 0o700, dir_fd=parent_fd)
-    except FileExistsError:
-        if exclusive:
-            raise
-        return False
-    try:
-        descriptor = open_beneath(parent_fd, name, _DIRECTORY)
-        try:
-            os.fchmod(descriptor, mode)
-            sync_directory(descriptor)
-        finally:
-            os.close(descriptor)
-        sync_directory(parent_fd)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.rmdir(name, dir_fd=parent_fd)
-        raise
-    return True
-
-
-def _remove_made(directory_fd: int, path: str) -> None:
-    above, _, name = path.rpartition("/")
-    with contextlib.suppress(OSError):
-        parent = open_beneath(directory_fd, above or ".", _DIRECTORY)
-        try:
-            os.rmdir(name, dir_fd=parent)
-        finally:
-            os.close(parent)
 
 
 def _single(name: str) -> str:

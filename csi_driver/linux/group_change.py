@@ -5,14 +5,12 @@ a top that has them says that the content below it was done, or is as somebody w
 files there are (Kubernetes calls this fsGroupChangePolicy: OnRootMismatch). A walk that was cut off has left the top as it was.
 """
 
-import errno
 import os
 import stat
 from collections.abc import Callable
 
-from csi_driver.linux import beneath
 from csi_driver.linux.system_calls import magic_link
-from csi_driver.linux.walk import Walk, WalkStopped
+from csi_driver.linux.visits import visit_below
 
 _GROUP_READS_AND_WRITES = 0o060
 _GROUP_ENTERS = 0o010
@@ -33,39 +31,13 @@ def give_to_group(directory_fd: int, gid: int, on_entry: Callable[[int], bool] =
     """
     if has_group(directory_fd, gid):
         return 0
-    done = 0
-    with beneath.opened_again(directory_fd) as start, Walk(start) as walk:
-        while True:
-            for name, _, _ in walk.entries():
-                done += 1
-                if on_entry(done):
-                    raise WalkStopped("the change of group was stopped")
-                child = _give_entry(walk.descriptor, name, gid)
-                if child is not None:
-                    walk.enter(name, child)
-                    break
-            else:
-                if walk.depth == 0:
-                    break
-                walk.leave()
+
+    def give(pinned: int, status: os.stat_result) -> None:
+        _give(magic_link(pinned), status, gid)
+
+    done = visit_below(directory_fd, give, on_entry, "the change of group")
     _give(directory_fd, os.fstat(directory_fd), gid)
     return done + 1
-
-
-def _give_entry(directory_fd: int, name: bytes, gid: int) -> int | None:
-    """Give one entry; of a directory return a descriptor to go down into."""
-    try:
-        pinned = beneath.pin(directory_fd, name)
-    except OSError as error:
-        if error.errno in beneath.GONE or error.errno == errno.EXDEV:  # a mount point is not of this tree
-            return None
-        raise
-    try:
-        status = os.fstat(pinned)
-        _give(magic_link(pinned), status, gid)
-        return beneath.open_pinned(pinned, os.O_RDONLY | os.O_DIRECTORY) if stat.S_ISDIR(status.st_mode) else None
-    finally:
-        os.close(pinned)
 
 
 def _give(place: int | bytes, status: os.stat_result, gid: int) -> None:

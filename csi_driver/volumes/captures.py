@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from csi_driver.errors import FailedPrecondition, quoted
-from csi_driver.linux import abilities, btrfs, files
+from csi_driver.linux import abilities, btrfs, system_calls
 from csi_driver.linux.abilities import Abilities
 from csi_driver.linux.copies import CopyReport, copy_tree
 from csi_driver.linux.inode_flags import clear_holding_flags
@@ -134,14 +134,16 @@ class Captures:
             return report
         with self._turns.take(store.name, origin, job):
             stand_back()
-            files.sync_filesystem(source)  # what was written before is in the copy, also where writing it out fails only now
+            system_calls.sync_filesystem(
+                source
+            )  # what was written before is in the copy, also where writing it out fails only now
             self.make_empty(store, staging, name, hold)
             target = os.open(name, _DIRECTORY, dir_fd=staging)
             try:
                 copied = _copy(store, source, target, job, hold)
                 if job.should_stop():
                     raise JobCancelled(f"{job.key} was stopped")
-                files.sync_filesystem(target)
+                system_calls.sync_filesystem(target)
                 hold.finish(target)
             finally:
                 os.close(target)

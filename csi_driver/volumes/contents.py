@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from csi_driver.errors import FailedPrecondition, OutOfRange
-from csi_driver.linux import files
+from csi_driver.linux import beneath
 from csi_driver.linux.trees import apply_owner_and_mode
 from csi_driver.volumes.attempts import open_staged, staging_name, trash_staging
 from csi_driver.volumes.captures import Captures, Hold, HoldNothing
@@ -157,4 +157,4 @@ def _open_source(source: Source) -> int:
         with source.store.open(SNAPSHOT_DATA) as data:
             return os.open(source.record_id, _DIRECTORY, dir_fd=data)
     with source.store.open_root() as root:
-        return files.open_beneath(root, source.directory, _DIRECTORY)
+        return beneath.open_beneath(root, source.directory, _DIRECTORY)

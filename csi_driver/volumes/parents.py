@@ -14,7 +14,8 @@ from contextlib import suppress
 from itertools import chain
 
 from csi_driver.errors import InvalidArgument, OperationPending, quoted
-from csi_driver.linux import btrfs, files
+from csi_driver.linux import beneath, btrfs, files
+from csi_driver.linux.directories import make_directories
 from csi_driver.linux.system_calls import InodeReader
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.pool_layout import PARENTS
@@ -57,7 +58,7 @@ class Parents:
             for parent in parents:
                 self._check(store, root, parent, directory)
             try:
-                made = files.make_directories_beneath(root, parents[-1], _PARENT_MODE, exclusive=False)
+                made = make_directories(root, parents[-1], _PARENT_MODE)
             except (NotADirectoryError, FileExistsError) as error:
                 raise InvalidArgument(
                     f"directory {quoted(directory)}: a part of it is no directory in pool {store.name}"
@@ -67,7 +68,7 @@ class Parents:
 
     def _check(self, store: PoolStore, root: int, parent: str, directory: str) -> None:
         try:
-            descriptor = files.open_beneath(root, parent, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
+            descriptor = beneath.open_beneath(root, parent, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
             return
         except OSError as error:
@@ -92,7 +93,7 @@ def _mark_made(store: PoolStore, root: int, made: Sequence[str]) -> None:
     """Remember that these directories, relative to the pool's root, were just made by the driver. Raises OSError."""
     with store.open(PARENTS) as marks:
         for directory in made:
-            descriptor = files.open_beneath(root, directory, _DIRECTORY)
+            descriptor = beneath.open_beneath(root, directory, _DIRECTORY)
             try:
                 body = {"directory": directory, "inode": btrfs.identity_of(descriptor)}
             finally:
@@ -125,7 +126,7 @@ def _remove(store: PoolStore, root: int, marks: int, directory: str) -> int:
         _unmark(marks, directory)
         return 0
     parent, _, name = directory.rpartition("/")
-    descriptor = files.open_beneath(root, parent, _DIRECTORY) if parent else os.dup(root)
+    descriptor = beneath.open_beneath(root, parent, _DIRECTORY) if parent else os.dup(root)
     try:
         os.rmdir(name, dir_fd=descriptor)
     except OSError:  # somebody uses it again, or may not be helped
@@ -140,7 +141,7 @@ def _remove(store: PoolStore, root: int, marks: int, directory: str) -> int:
 def _look(root: int, directory: str) -> tuple[int, bool] | None:
     """Return which inode a directory is, and whether it is empty; None where there is none. Raises OSError where that cannot be told."""
     try:
-        descriptor = files.open_beneath(root, directory, _DIRECTORY)
+        descriptor = beneath.open_beneath(root, directory, _DIRECTORY)
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:

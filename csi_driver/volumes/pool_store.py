@@ -16,7 +16,7 @@ from typing import TypeVar
 from csi_driver.backends.base import PoolBackend, Space
 from csi_driver.backends.impatience import Impatience
 from csi_driver.errors import NotFound, Unavailable, quoted
-from csi_driver.linux import files
+from csi_driver.linux import beneath
 from csi_driver.linux.byte_range_locks import ByteRangeLocks, HeldLock
 from csi_driver.volumes.control_directory import ControlDirectory
 from csi_driver.volumes.handles import Handle, derive_id, node_tag
@@ -163,7 +163,7 @@ class PoolStore:
             if not parent:
                 yield root, name
                 return
-            descriptor = files.open_beneath(root, parent, _DIRECTORY)
+            descriptor = beneath.open_beneath(root, parent, _DIRECTORY)
             try:
                 yield descriptor, name
             finally:
@@ -174,7 +174,7 @@ class PoolStore:
         """Open a volume's top directory. Raises NotFound."""
         with self.open_root() as root:
             try:
-                descriptor = files.open_beneath(root, directory, _DIRECTORY)
+                descriptor = beneath.open_beneath(root, directory, _DIRECTORY)
             except (FileNotFoundError, NotADirectoryError) as error:
                 raise NotFound(f"directory {quoted(directory)} is missing from pool {self.name}") from error
         try:

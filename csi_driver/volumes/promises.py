@@ -26,7 +26,7 @@ from fractions import Fraction
 
 from csi_driver.backends.base import Space
 from csi_driver.errors import OperationPending, ResourceExhausted
-from csi_driver.linux import files
+from csi_driver.linux import beneath, files
 from csi_driver.volumes.folder_index import FolderIndex
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.pool_layout import ARCHIVED, RETAINED, VOLUMES, archived_place, new_token
@@ -232,7 +232,7 @@ class _Ledger:
     def _has_data(self, place: str) -> bool:
         with self._store.open_root() as root:
             try:
-                os.close(files.open_beneath(root, place, os.O_PATH | os.O_NOFOLLOW))
+                os.close(beneath.open_beneath(root, place, os.O_PATH | os.O_NOFOLLOW))
             except (FileNotFoundError, NotADirectoryError):
                 return False
             except OSError:  # something stands in the way: it may be there

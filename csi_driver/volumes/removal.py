@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 
 from csi_driver.errors import FailedPrecondition, OperationPending
-from csi_driver.linux import files
+from csi_driver.linux import beneath, files
 from csi_driver.linux.renames import rename_directory
 from csi_driver.volumes.attempts import trash_staging
 from csi_driver.volumes.contents import content_key
@@ -153,7 +153,7 @@ def _archive(store: PoolStore, record: VolumeRecord) -> None:
         with suppress(FileExistsError):
             os.mkdir(ARCHIVE_DIRECTORY, 0o700, dir_fd=root)
             files.sync_directory(root)
-        archive = files.open_beneath(root, ARCHIVE_DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        archive = beneath.open_beneath(root, ARCHIVE_DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         if exists_at(archive, name):
             return  # moved before a crash: what lies at the old place now is another's

@@ -200,8 +200,7 @@ class Snapshots:
 
     def make_ready(self, store: PoolStore, record: SnapshotRecord) -> SnapshotRecord:
         """Say that a snapshot that is in its place is ready. Returns the record as it now is. Raises LockLost."""
-        self._fence.require(store, store.snapshots, record)
-        return store.snapshots.replace(replace(record, phase=Phase.READY))
+        return store.snapshots.replace(replace(record, phase=Phase.READY), self._fence.gate(store, store.snapshots, record))
 
     def give_up(self, store: PoolStore, record_id: str, token: str = "") -> bool:
         """Take back a snapshot that never became ready, and tell whether nothing is left.

@@ -3,9 +3,12 @@
 import itertools
 import shutil
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from csi_driver.rpc import csi_pb2 as csi
 from tests.bench.site import MIB, Site, elapsed, fill, shell
 
 NAMES = itertools.count()
@@ -24,55 +27,77 @@ LARGE = Tree("large", 10, 1024 * MIB)
 SMALL = Tree("small", 10_000, 100 * MIB)
 
 
+_WARM_UP_RUNS = 2
+"""Until then somebody is the first to write to a part of the disk, and pays for it."""
+_TAR_RUNS = 3
+"""It takes half a minute for the large tree, and nobody is close to it."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to copy a tree: what is timed, and how its copy is removed again."""
+
+    name: str
+    make: Callable[[], object]
+    remove: Callable[[Any], None]
+
+
 def compare(site: Site, tree: Tree, runs: int) -> dict[str, float]:
-    """Return the median seconds of each way; the first run warms up and does not count."""
+    """Return the median seconds of each way. They take turns, each run begins with another one, and the first runs do not count."""
     volume = site.create(f"source-{next(NAMES)}")
-    source = site.path(volume)
-    fill(source, tree.files, tree.bytes, per_directory=min(100, tree.files))
+    fill(site.path(volume), tree.files, tree.bytes, per_directory=min(100, tree.files))
     empty = site.create(f"empty-{next(NAMES)}")
-    out = site.place / "out"
-    ways = {"cp -a": ("cp", "-a", "--reflink=never", str(source), str(out))}
-    if site.kind != "ext4":
-        ways["cp -a --reflink=always"] = ("cp", "-a", "--reflink=always", str(source), str(out))
-    ways["tar czf"] = ("tar", "czf", str(out), "-C", str(source), ".")
+    kept = [site.snapshot(f"kept-{next(NAMES)}", made.volume_id) for made in (volume, empty)]
+    copies = _copies(site, site.path(volume))
+    ways = _captures(site, volume, kept[0], "") + _captures(site, empty, kept[1], " of nothing") + copies[:-1]
     taken: dict[str, list[float]] = {}
-    for run in range(runs + 1):
-        seconds = _captures(site, volume.volume_id)
-        nothing = _captures(site, empty.volume_id)
-        seconds |= {f"{name} of nothing": value for name, value in nothing.items()}
-        for name, command in ways.items():
-            if name == "tar czf" and run > 2:
-                continue  # takes half a minute each
-            site.settle()
-            seconds[name] = elapsed(shell(site, *SAME_PRIORITY, *command))
-            _remove(out)
-        for name, value in seconds.items():
-            if run:
-                taken.setdefault(name, []).append(value)
+    for run in range(-_WARM_UP_RUNS, runs):
+        first = run % len(ways)
+        for way in ways[first:] + ways[:first]:
+            seconds = _time(site, way)
+            if run >= 0:
+                taken.setdefault(way.name, []).append(seconds)
+    taken[copies[-1].name] = [_time(site, copies[-1]) for _ in range(min(runs, _TAR_RUNS))]
+    for snapshot in kept:
+        site.delete_snapshot(snapshot.snapshot_id)
     for made in (volume, empty):
         site.delete_volume(made.volume_id)
     site.settle()
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def _captures(site: Site, handle: str) -> dict[str, float]:
-    """Take each way once. What was made goes before the next is made, so that all of them write to the same part of the disk."""
-    name = f"copy-{next(NAMES)}"
-    seconds: dict[str, float] = {}
-    made: list = []
+def _time(site: Site, way: Way) -> float:
+    """Return how long it took. The copy goes before the next is made, so that all of them write to the same part of the disk."""
+    made: list[object] = []
     site.settle()
-    seconds["snapshot"] = elapsed(lambda: made.append(site.snapshot(name, handle)))
-    snapshot = made[0].snapshot_id
-    for what, act in (
-        ("restore", lambda: site.create(f"{name}-r", snapshot=snapshot)),
-        ("clone", lambda: site.create(f"{name}-c", volume=handle)),
-    ):
-        site.settle()
-        seconds[what] = elapsed(lambda act=act: made.append(act()))
-        site.delete_volume(made[-1].volume_id)
-    site.delete_snapshot(snapshot)
-    site.settle()
+    seconds = elapsed(lambda: made.append(way.make()))
+    way.remove(made[0])
     return seconds
+
+
+def _captures(site: Site, volume: csi.Volume, kept: csi.Snapshot, suffix: str) -> list[Way]:
+    def remove(made: csi.Volume) -> None:
+        site.delete_volume(made.volume_id)
+
+    return [
+        Way(
+            "snapshot" + suffix,
+            lambda: site.snapshot(f"copy-{next(NAMES)}", volume.volume_id),
+            lambda made: site.delete_snapshot(made.snapshot_id),
+        ),
+        Way("restore" + suffix, lambda: site.create(f"copy-{next(NAMES)}", snapshot=kept.snapshot_id), remove),
+        Way("clone" + suffix, lambda: site.create(f"copy-{next(NAMES)}", volume=volume.volume_id), remove),
+    ]
+
+
+def _copies(site: Site, source: Path) -> list[Way]:
+    """Return the other tools' ways; tar is the last."""
+    out = site.place / "out"
+    commands = {"cp -a": ("cp", "-a", "--reflink=never", str(source), str(out))}
+    if site.kind != "ext4":
+        commands["cp -a --reflink=always"] = ("cp", "-a", "--reflink=always", str(source), str(out))
+    commands["tar czf"] = ("tar", "czf", str(out), "-C", str(source), ".")
+    return [Way(name, shell(site, *SAME_PRIORITY, *command), lambda _: _remove(out)) for name, command in commands.items()]
 
 
 def _remove(path: Path) -> None:

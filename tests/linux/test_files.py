@@ -14,6 +14,7 @@ import pytest
 
 from csi_driver.linux import beneath, files
 from csi_driver.linux.byte_range_locks import ByteRangeLocks
+from csi_driver.linux.directories import make_directories
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def open_by_components(directory_fd, path, flags, mode=0, *, cross_mounts=False)
     return beneath.open_by_components(directory_fd, os.fsencode(path), flags, mode, cross_mounts=cross_mounts)
 
 
-both_ways = pytest.mark.parametrize("opener", [files.open_beneath, open_by_components])
+both_ways = pytest.mark.parametrize("opener", [beneath.open_beneath, open_by_components])
 
 
 @both_ways
@@ -144,37 +145,12 @@ def test_a_leased_file_is_opened_once_its_holder_lets_go(directory, directory_fd
 
 def test_makes_the_missing_directories_with_exactly_the_mode(directory, directory_fd):
     (directory / "a").mkdir(mode=0o700)
-    assert files.make_directories_beneath(directory_fd, "a/b/c", 0o2775, exclusive=True) == ["a/b", "a/b/c"]
+    assert make_directories(directory_fd, "a/b/c", 0o2775) == ["a/b", "a/b/c"]
     assert (directory / "a").stat().st_mode & 0o7777 == 0o700
     assert (directory / "a/b").stat().st_mode & 0o7777 == 0o2775
     assert (directory / "a/b/c").stat().st_mode & 0o7777 == 0o2775
-    assert files.make_directories_beneath(directory_fd, "a/b/c", 0o700, exclusive=False) == []
+    assert make_directories(directory_fd, "a/b/c", 0o700) == []
     assert (directory / "a/b/c").stat().st_mode & 0o7777 == 0o2775
-
-
-def test_an_existing_last_directory_is_refused_when_exclusive(directory, directory_fd):
-    (directory / "a/b").mkdir(parents=True)
-    with pytest.raises(FileExistsError):
-        files.make_directories_beneath(directory_fd, "a/b", 0o755, exclusive=True)
-    assert (directory / "a/b").is_dir()
-
-
-def test_one_of_many_makes_the_exclusive_directory(directory, directory_fd):
-    won = []
-
-    def claim(number):
-        try:
-            files.make_directories_beneath(directory_fd, "shared/claimed", 0o755, exclusive=True)
-            won.append(number)
-        except FileExistsError:
-            pass
-
-    threads = [threading.Thread(target=claim, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(won) == 1
 
 
 def test_what_was_made_is_removed_again_when_something_is_in_the_way(directory, directory_fd, tmp_path):
@@ -182,17 +158,17 @@ def test_what_was_made_is_removed_again_when_something_is_in_the_way(directory, 
     (directory / "link").symlink_to(tmp_path / "outside")
     (directory / "file").write_text("x")
     for path in ("link/a", "file/a", "link"):
-        assert errno_of(files.make_directories_beneath, directory_fd, path, 0o755, exclusive=False) in {
+        assert errno_of(make_directories, directory_fd, path, 0o755) in {
             errno.ELOOP,
             errno.ENOTDIR,
         }
     assert list((tmp_path / "outside").iterdir()) == []
     too_long = "new/deeper/" + "x" * 300
-    assert errno_of(files.make_directories_beneath, directory_fd, too_long, 0o755, exclusive=True) == errno.ENAMETOOLONG
+    assert errno_of(make_directories, directory_fd, too_long, 0o755) == errno.ENAMETOOLONG
     assert not (directory / "new").exists()
-    assert errno_of(files.make_directories_beneath, directory_fd, "a/../../x", 0o755, exclusive=True) == errno.EXDEV
-    assert errno_of(files.make_directories_beneath, directory_fd, "/x", 0o755, exclusive=True) == errno.EXDEV
-    assert errno_of(files.make_directories_beneath, directory_fd, "", 0o755, exclusive=True) == errno.EINVAL
+    assert errno_of(make_directories, directory_fd, "a/../../x", 0o755) == errno.EXDEV
+    assert errno_of(make_directories, directory_fd, "/x", 0o755) == errno.EXDEV
+    assert errno_of(make_directories, directory_fd, "", 0o755) == errno.EINVAL
 
 
 def test_a_directory_is_moved_over_an_empty_claim_and_over_nothing_else(directory, directory_fd):
