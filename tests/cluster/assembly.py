@@ -57,7 +57,7 @@ def down_nfs() -> None:
     driver.uninstall(namespace=driver.NFS_NAMESPACE)
     Kubectl().delete("node", *(node.name for node in nfs_nodes()))
     for node in nfs_nodes():
-        node.power_off()
+        node.remove()
 
 
 def nfs_is_up() -> bool:
@@ -89,7 +89,7 @@ def _start(node: Node, client: Kubectl, archives: list[Path]) -> None:
 
 
 def _start_guest(node: GuestNode, disk: Path, client: Kubectl) -> None:
-    node.boot(disk)
+    node.join(disk)
     node.start_runtime()
     _join(node, client)
 

@@ -32,8 +32,9 @@ for controller in cpu io memory pids; do echo +$controller >/sys/fs/cgroup/cgrou
 sed 's/^bogomips.*/&\ncpu MHz\t\t: 2400.000/' /proc/cpuinfo >/run/cpuinfo
 mount --bind /run/cpuinfo /proc/cpuinfo
 
+# What a node still has after a power cut; lib/nfs is where a server remembers its clients, who may then take back what they had open.
 mountpoint -q /scratch
-for place in lib/kubelet lib/containerd lib/cni lib/tatami log/pods log/containers tmp; do
+for place in lib/kubelet lib/containerd lib/cni lib/nfs lib/tatami log/pods log/containers tmp; do
   mkdir -p /scratch/var/$place /var/$place
   mount --bind /scratch/var/$place /var/$place
 done

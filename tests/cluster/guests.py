@@ -2,8 +2,8 @@
 
 This machine's kernel mounts no NFS and serves none; a guest's does both. The guest's kernel runs in a machine of its own, so that
 what it started is gone with it, and its tap is free again. Its root is this machine's, read-only (../uml/guest-init.sh); what it may
-write to is its own directory: files for its services, their logs. Everything else lies on a disk (guest_disk.py) that it starts
-anew with at each boot.
+write to is its own directory: files for its services, their logs. Everything else lies on a disk (guest_disk.py); what it changes there
+is its own, and there again when it was switched off.
 """
 
 import json
@@ -42,7 +42,7 @@ class Guest:
         self._token.chmod(0o600)
         # The kernel executes it, and not every way of copying a checkout keeps the bit.
         Path(shutil.copy(UML / "guest-init.sh", self.directory)).chmod(0o755)
-        with (self.directory / "share").open("wb") as share:
+        with (self.directory / "share").open("ab") as share:
             share.truncate(self.spec.disk << 30)
         arguments = [
             str(UML / "kernel.sh"),
@@ -127,8 +127,22 @@ class GuestNode(Node):
         super().__init__(spec)
         self.machine: Guest = Guest(spec)
 
-    def boot(self, disk: Path) -> None:
-        """Make its tap, its files, and the guest. Nothing runs in it yet."""
+    def join(self, disk: Path) -> None:
+        """Make what stays when it is switched off, its disk and its files, and boot it. Nothing runs in it yet."""
+        files = self.spec.directory / "cluster"
+        files.mkdir(parents=True)
+        (self.spec.directory / "logs").mkdir()
+        (self.spec.directory / "disk").symlink_to(disk)
+        # Version 2 of cgroups, which are the guest's own: pods may live at their root.
+        self.write_files(files, kubelet_configuration("") | {"cgroupRoot": "/"})
+        (self.spec.directory / "programs").write_text(str(BINARIES))
+        job = [f"/host{HERE}/guest-node.sh", self.name, f"{self.spec.address}/{NETWORK_BITS}", GATEWAY, str(AGENT_PORT)]
+        words = " ".join(f"'{word}'" for word in (*job, *self.routes()))
+        (self.spec.directory / "job.sh").write_text(f"VISIBLE=\njob() {{ sh {words}; }}\n")
+        self.boot()
+
+    def boot(self) -> None:
+        """Make its tap, and boot the guest, the first time or after it was switched off."""
         link = self.spec.link
         for command in (
             ["ip", "tuntap", "add", "dev", link, "mode", "tap"],
@@ -136,21 +150,16 @@ class GuestNode(Node):
             ["ip", "route", "replace", self.spec.pods, "via", self.spec.address],
         ):
             subprocess.run(command, check=True, capture_output=True)
-        files = self.spec.directory / "cluster"
-        files.mkdir(parents=True)
-        (self.spec.directory / "logs").mkdir()
-        # Version 2 of cgroups, which are the guest's own: pods may live at their root.
-        self.write_files(files, kubelet_configuration("") | {"cgroupRoot": "/"})
-        (self.spec.directory / "programs").write_text(str(BINARIES))
-        job = [f"/host{HERE}/guest-node.sh", self.name, f"{self.spec.address}/{NETWORK_BITS}", GATEWAY, str(AGENT_PORT)]
-        words = " ".join(f"'{word}'" for word in (*job, *self.routes()))
-        (self.spec.directory / "job.sh").write_text(f"VISIBLE=\njob() {{ sh {words}; }}\n")
-        self.machine.boot(disk)
+        self.machine.boot((self.spec.directory / "disk").readlink())
 
     def power_off(self) -> None:
-        """End all that runs on it at once; unlike a node of this machine's, it comes back with an empty disk."""
+        """End all that runs on it at once, as a power cut does; its disk stays."""
         destroy_all(self.name)
         subprocess.run(["ip", "link", "delete", self.spec.link], capture_output=True, check=False)
+
+    def remove(self) -> None:
+        """End it for good."""
+        self.power_off()
         shutil.rmtree(self.spec.directory, ignore_errors=True)
 
     def import_image(self, archive: Path) -> None:
