@@ -12,7 +12,8 @@ PYTEST := $(VENV)/bin/python -m pytest
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@[ -t 1 ] && { bold=$$'\033[1m'; plain=$$'\033[0m'; }; \
+	awk -v "bold=$$bold" -v "plain=$$plain" -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  %s%-14s%s %s\n", bold, $$1, plain, $$2}' $(MAKEFILE_LIST)
 
 # --- set-up -------------------------------------------------------------------------------------------------------------------------
 $(VENV)/bin/pip:
@@ -123,6 +124,9 @@ cluster-down: $(VENV)/dev.stamp ## Leave nothing of the cluster, nor of one whos
 test-cluster: $(VENV)/dev.stamp $(HELM) ## Stories in a real Kubernetes: in the cluster that is up, or in one of their own (as root)
 	tests/cluster/install.sh
 	HELM=$(abspath $(HELM)) $(PYTEST) -m cluster tests/cluster --durations=0 --durations-min=1
+
+.PHONY: test-all
+test-all: test test-cluster ## All tiers: make test, and the stories in a real Kubernetes (two hours)
 
 .PHONY: test-external
 test-external: $(VENV)/dev.stamp $(HELM) ## Kubernetes' own external-storage suite (as root; BACKEND=hostpath; ARGS="--help")
