@@ -22,6 +22,7 @@ from csi_driver.config import (
     ServeOptions,
     parse_endpoint,
 )
+from csi_driver.config.values import shown
 from csi_driver.errors import InvalidArgument, TatamiError, Unavailable
 from csi_driver.rpc.registration import KubeletRegistration
 from csi_driver.rpc.server import CsiServer
@@ -199,12 +200,22 @@ def _installation(options: ServeOptions, settings: DriverSettings) -> Installati
             "[pools]: some pools are `shared = true` and some are not: shared pools are served by one controller, the others by each "
             "node, so they need two installations"
         )
+    _refuse_kubelets_places(places, options.kubelet_dir)
     if options.role == "expansion":
         if places[0].shared:
             raise ConfigError("--role expansion is for pools of nodes: shared ones are expanded by their controller")
         return dataclasses.replace(_installed(options, settings, {}, node_id, None, state_directory), expansion=True)
     directories = {pool.name: HostPathBackend(pool, topology) for pool in places}
     return _installed(options, settings, directories, node_id, None if places[0].shared else topology, state_directory)
+
+
+def _refuse_kubelets_places(places: Sequence[HostPathPool], kubelet_dir: Path) -> None:
+    for pool in places:
+        if pool.path.is_relative_to(kubelet_dir) or kubelet_dir.is_relative_to(pool.path):
+            raise ConfigError(
+                f"[pools.{pool.name}] path = {shown(str(pool.path))}: must be neither the kubelet's directory {kubelet_dir} (--kubelet-dir) nor "
+                "above or below it: volumes would lie among what the kubelet makes and clears away"
+            )
 
 
 def _nfs_backends(pools: Sequence[NfsPool], state_directory: Path) -> dict[str, PoolBackend]:

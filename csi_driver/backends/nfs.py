@@ -119,8 +119,7 @@ class NfsBackend:
             found.append(
                 Shortcoming(
                     "LocksLocal",
-                    f"pool {self.name}: no rpc.statd runs here, so NFSv3 locks do not reach the server: run one controller only, or "
-                    "use `vers=4.2`",
+                    f"pool {self.name}: NFSv3 locks stay here (`nolock`, or no rpc.statd runs): run one controller only, or use `vers=4.2`",
                 )
             )
         return found

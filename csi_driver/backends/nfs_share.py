@@ -32,6 +32,8 @@ MOUNT_SECONDS = 15.0
 _WAIT_SECONDS = 5.0  # for whoever mounts or unmounts it already
 _RETRY_SECONDS = 5.0  # a mount that failed is not tried again before
 
+_LOCAL_LOCKS = frozenset({"nolock", "local_lock=all", "local_lock=posix", "local_lock=flock"})
+
 _log = logging.getLogger(__name__)
 
 
@@ -54,7 +56,7 @@ class Share:
         self._silent_since: float | None = None
         self.generation = 0
         self.local_locks = False
-        """Whether NFSv3's locks are kept on this machine alone, because it runs no rpc.statd."""
+        """Whether NFSv3's locks are kept on this machine alone: it runs no rpc.statd, or an option says so."""
 
     def root(self) -> Path:
         """Return where the share is mounted. Raises Unavailable: at once where its server is known not to answer."""
@@ -116,6 +118,7 @@ class Share:
             raise Unavailable(f"pool {self._pool}: the driver is shutting down")
         try:
             self._mounted = self._mount_anew()
+            self.local_locks = not _LOCAL_LOCKS.isdisjoint(self._mounted.super_options)
         except (TatamiError, OSError) as error:
             # Whatever it is, it is the pool's trouble: a missing share must not be taken for a missing volume.
             self._failed_at, self._failure = time.monotonic(), str(error)
@@ -137,9 +140,7 @@ class Share:
             return mount_nfs(self._source, self._directory, self._options, seconds=MOUNT_SECONDS)
         except LockManagerMissing:
             nolock = (*self._options, *parse_nfs_options(["nolock"], "share"))
-            mounted = mount_nfs(self._source, self._directory, nolock, seconds=MOUNT_SECONDS)
-            self.local_locks = True
-            return mounted
+            return mount_nfs(self._source, self._directory, nolock, seconds=MOUNT_SECONDS)
 
     def _detach(self) -> None:
         self._mounted = None

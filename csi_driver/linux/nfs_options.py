@@ -112,6 +112,8 @@ _SETTINGS: dict[str, _Values] = {
 }
 # Where the mount leads to, or from where it comes.
 _POOLS_ALONE: dict[str, _Values] = {"port": _PORT, "mountport": _PORT, "clientaddr": _ADDRESS}
+_NODES_ALONE = frozenset({"ro", "ac", "noac", "actimeo", "fsc", "nofsc", "nocto", "local_lock"})
+"""What is for the mounts of volumes and not for the controller's own."""
 _REFUSED = {
     "addr": "the pool says where the server is",
     "mountaddr": "the pool says where the server is",
@@ -171,11 +173,12 @@ def share_options(pool: Iterable[NfsOption]) -> tuple[NfsOption, ...]:
 
     `softerr` with timeo 10 s and retrans 2 gives ETIMEDOUT after half a minute of silence (TCP's back-off is linear: nfs(5)), where
     a thread would hang for ever; whatever is written is synced and its errors are looked at, so that an error is a failed call and
-    no lie. Names are asked for each time and a missing one is never remembered, because other controllers make records, too.
+    no lie. Names are asked for each time and a missing one is never remembered, because other controllers make records, too; for the
+    same reason files are asked for when they are opened (no `nocto`), and locks are the server's (no `local_lock`).
     """
     own = ["softerr", "timeo=100", "retrans=2", "nosuid", "nodev", "noexec", "lookupcache=positive"]
     own += ["acregmin=1", "acregmax=1", "acdirmin=0", "acdirmax=0"]
-    kept = [option for option in pool if option.name not in ("ro", "ac", "noac", "actimeo", "fsc", "nofsc")]
+    kept = [option for option in pool if option.name not in _NODES_ALONE]
     return join_options(kept, parse_nfs_options(own, "share"))
 
 

@@ -58,7 +58,7 @@ class Parents:
             for parent in parents:
                 self._check(store, root, parent, directory)
             try:
-                made = make_directories(root, parents[-1], _PARENT_MODE)
+                made = make_directories(root, parents[-1], _PARENT_MODE, store.remote_maker)
             except (NotADirectoryError, FileExistsError) as error:
                 raise InvalidArgument(
                     f"directory {quoted(directory)}: a part of it is no directory in pool {store.name}"

@@ -61,6 +61,14 @@ class PoolStore:
     def name(self) -> str:
         return self.backend.name
 
+    @property
+    def remote_maker(self) -> int | None:
+        """Who owns what is made through the pool's server (a uid), whose replies may be lost; None where the data is here."""
+        if self.backend.data_is_here:
+            return None
+        squashed = self.backend.squashed_to
+        return os.geteuid() if squashed is None else squashed
+
     def try_hold(self, offset: int, *, shared: bool) -> HeldLock | None:
         """Take one byte of the pool's lock file, against every other process that serves the pool; None where it is taken."""
         with self.open("") as control:

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from csi_driver.errors import InvalidArgument, NotFound, OperationPending, RecordDamaged, quoted
 from csi_driver.linux import btrfs, files
+from csi_driver.linux.directories import make_exclusively
 from csi_driver.volumes.attempts import open_staged, staging_name
 from csi_driver.volumes.fencing import Fence
 from csi_driver.volumes.locks import KeyedLocks
@@ -68,7 +69,7 @@ class VolumePlaces:
                     files.order_directory(content)
                 if not claimed_before:
                     try:
-                        os.mkdir(name, 0o700, dir_fd=parent)
+                        make_exclusively(parent, name, store.remote_maker)
                     except FileExistsError:
                         store.volumes.replace(replace(record, claimed=False, content_inode=None))
                         raise _exists(store, record.directory) from None

@@ -381,11 +381,22 @@ def test_images_carry_no_registry_until_one_is_given(objects):
         ),
         ("--set=hostpath.enabled=false", "nothing to install"),
         ("--set=hostpath.pools.default=null", "at least one pool"),
+        ("--set=hostpath.pools.default.path=/var/lib/kubelet/pods", "hostpath.pools.default.path"),
+        ("--set=hostpath.pools.default.path=/var/lib", "must be neither kubeletDir (/var/lib/kubelet)"),
+        (
+            "--set=nfs.pools.a.server=x,--set=nfs.pools.a.path=/srv,--set=nfs.pools.a.options={nolock}",
+            "nfs.controller.replicas=1",
+        ),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(chart, option, said):
     with pytest.raises(RuntimeError, match=re.escape(said)):
         chart.template(*option.split(","))
+
+
+def test_a_pool_beside_the_kubelets_directory_and_one_controller_on_nolock_are_taken(chart):
+    chart.template("--set=hostpath.pools.default.path=/var/lib/kubelet-volumes")
+    chart.template(*NFS, "--set=nfs.pools.fast.options={vers=3,nolock}", "--set=nfs.controller.replicas=1")
 
 
 def test_two_default_classes_are_refused(chart):

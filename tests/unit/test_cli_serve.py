@@ -209,6 +209,20 @@ def test_the_process_exits_2_with_one_line_for_a_bad_file(tmp_path):
     assert result.stderr == f'{file}: [driver] backend = "smb": must be "hostpath" or "nfs"\n'
 
 
+@pytest.mark.parametrize("place", ["kubelet", "kubelet/pods", "."])
+def test_a_pool_at_above_or_below_the_kubelets_directory_is_refused(tmp_path, place):
+    file, path = tmp_path / "pools.toml", (tmp_path / place).resolve()
+    file.write_text(f"[driver]\nbackend = 'hostpath'\n[pools.a]\npath = '{path}'\n")
+    kubelet = tmp_path / "kubelet"
+    result = tatami("serve", f"--kubelet-dir={kubelet}", f"--endpoint=unix://{tmp_path}/s", env={"TATAMI_CONFIG": str(file)})
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        f'[pools.a] path = "{path}": must be neither the kubelet\'s directory {kubelet} (--kubelet-dir) nor above or below it: volumes would '
+        "lie among what the kubelet makes and clears away\n"
+    )
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_help_and_version_import_neither_grpc_nor_prometheus():
     script = (
         "import sys\nfrom csi_driver.__main__ import main\n"

@@ -113,11 +113,26 @@ def test_a_value_is_never_repeated_in_a_message(word):
 
 
 def test_the_controllers_share_gives_up_and_sees_what_others_make_whatever_the_pool_says():
-    pool = ["hard", "timeo=6000", "ro", "noac", "actimeo=60", "lookupcache=all", "vers=4.2", "sec=krb5", "nconnect=4", "fsc"]
+    pool = [
+        "hard",
+        "timeo=6000",
+        "ro",
+        "noac",
+        "actimeo=60",
+        "lookupcache=all",
+        "vers=4.2",
+        "sec=krb5",
+        "nconnect=4",
+        "fsc",
+        "nocto",
+    ]
+    pool.append("local_lock=all")
     options = render_options(share_options(parse_nfs_options(pool, FIELD, of_pool=True))).split(",")
     assert {"softerr", "timeo=100", "retrans=2", "lookupcache=positive", "acdirmax=0", "nosuid", "nodev"} <= set(options)
     assert {"vers=4.2", "sec=krb5", "nconnect=4"} <= set(options)
-    assert not {"hard", "ro", "noac", "actimeo=60", "lookupcache=all", "timeo=6000", "fsc"} & set(options)
+    assert not {"hard", "ro", "noac", "actimeo=60", "lookupcache=all", "timeo=6000", "fsc", "nocto", "local_lock=all"} & set(
+        options
+    )
 
 
 def test_each_volume_of_a_share_has_a_superblock_of_its_own_whatever_pool_and_class_say():

@@ -189,10 +189,20 @@ checksum/pools: {{ .config | sha256sum }}
 {{- if .Values.hostpath.enabled -}}
 {{- if not .Values.hostpath.pools }}{{ fail "hostpath.pools: at least one pool is needed, or hostpath.enabled=false" }}{{ end -}}
 {{- range .Values.hostpath.storageClasses }}{{ if .default }}{{ $defaults = append $defaults .name }}{{ end }}{{ end -}}
+{{- $kubelet := printf "%s/" (trimSuffix "/" .Values.kubeletDir) -}}
+{{- range $name, $pool := .Values.hostpath.pools -}}
+{{- $path := printf "%s/" (trimSuffix "/" $pool.path) -}}
+{{- if or (hasPrefix $kubelet $path) (hasPrefix $path $kubelet) }}{{ fail (printf "hostpath.pools.%s.path: %s must be neither kubeletDir (%s) nor above or below it" $name $pool.path $.Values.kubeletDir) }}{{ end -}}
+{{- end -}}
 {{- end -}}
 {{- if include "tatami.nfs.enabled" . -}}
 {{- if and (include "tatami.nfs.data" .) (not (or .Values.nfs.controller.nodeSelector .Values.nfs.controller.affinity)) -}}
 {{ fail "nfs.pools: a pool has `data`, so the controller has to run on the server's machine: say so in nfs.controller.nodeSelector" }}
+{{- end -}}
+{{- range $name, $pool := .Values.nfs.pools -}}
+{{- if and (has "nolock" ($pool.options | default list)) (gt (int $.Values.nfs.controller.replicas) 1) -}}
+{{ fail (printf "nfs.pools.%s.options: with nolock no server keeps two controllers apart: set nfs.controller.replicas=1, or use vers=4.2 without nolock" $name) }}
+{{- end -}}
 {{- end -}}
 {{- range .Values.nfs.storageClasses }}{{ if .default }}{{ $defaults = append $defaults .name }}{{ end }}{{ end -}}
 {{- end -}}

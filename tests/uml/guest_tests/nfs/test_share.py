@@ -177,6 +177,18 @@ def test_nfs3_without_a_lock_manager_here_works_with_its_own_locks_and_says_so(m
     assert {"nolock", "local_lock=all"} & mounted(backend).super_options
 
 
+def test_nfs3_that_was_told_to_keep_its_locks_here_says_so(make_server, make_backend):
+    server = make_server("old", v3=True)
+    path = server.filesystem("xfs", name="old")
+    server.export(path)
+    backend = make_backend(server, path, "vers=3", "nolock")
+    backend.root()
+    assert [found.reason for found in backend.shortcomings()] == ["LocksLocal"]
+    newer = make_backend(server, path, "vers=4.2", "nolock")  # means nothing there
+    newer.root()
+    assert not newer.shortcomings()
+
+
 def test_who_root_is_to_the_server_is_found_out(make_server, make_backend):
     server = make_server("squashing")
     path = server.filesystem("xfs", name="squashing")
