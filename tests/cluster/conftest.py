@@ -34,6 +34,8 @@ def pytest_collection_modifyitems(items) -> None:
             item.add_marker(pytest.mark.cluster)
             item.add_marker(pytest.mark.root)
             item.add_marker(pytest.mark.timeout(600 * PATIENCE))
+    # The guests cost a busy machine much, also while they do nothing: they come last.
+    items.sort(key=lambda item: item.path.is_relative_to(HERE) and "share" in item.fixturenames)
 
 
 @pytest.fixture(scope="session")
