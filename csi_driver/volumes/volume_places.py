@@ -70,7 +70,8 @@ class VolumePlaces:
                     try:
                         os.mkdir(name, 0o700, dir_fd=parent)
                     except FileExistsError:
-                        store.volumes.replace(replace(record, claimed=False, content_inode=None))
+                        unclaimed = replace(record, claimed=False, content_inode=None)
+                        store.volumes.replace(unclaimed, self._fence.gate(store, store.volumes, record))
                         raise _exists(store, record.directory) from None
                 self._fence.require(store, store.volumes, record)
                 try:
