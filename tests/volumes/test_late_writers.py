@@ -125,7 +125,9 @@ def test_an_expansion_that_was_late_is_made_by_its_retry(bench, monkeypatch):
 # --- volumes that go --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("on_delete", "step"), [("archive", "replace"), ("archive", "move"), ("retain", "move"), ("delete", "move")])
+@pytest.mark.parametrize(
+    ("on_delete", "step"), [("archive", "replace"), ("archive", "move"), ("retain", "move"), ("delete", "move")]
+)
 def test_a_late_deletion_leaves_the_next_volume_of_the_name_alone(bench, monkeypatch, on_delete, step):
     volume = bench.create("v", on_delete=OnDelete(on_delete))
     slow = Slow(monkeypatch, bench.pool().volumes, step, lambda: bench.volumes.delete(volume.record.handle))
