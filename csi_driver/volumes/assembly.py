@@ -150,7 +150,7 @@ def assemble(installation: Installation) -> Domain:
     promises, lapses = Promises(locks), Lapses(limits)
     contents, sources = Contents(Captures(turns)), Sources(pools, locks, limits)
     volume_places, snapshot_places = VolumePlaces(locks), SnapshotPlaces(locks)
-    volume_removal, snapshot_removal = VolumeRemoval(locks, volume_places, limits), SnapshotRemoval(locks)
+    volume_removal, snapshot_removal = VolumeRemoval(locks, volume_places, limits), SnapshotRemoval(locks, snapshot_places)
     verifier = Verifier(locks, contents, sources, turns)
     creation = VolumeCreation(pools, locks, jobs, contents, volume_places, sources, volume_removal, verifier, promises, limits)
     expansion = Expansion(pools, locks, promises, contents, limits)

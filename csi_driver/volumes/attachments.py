@@ -62,8 +62,9 @@ class Attachments:
 
     def _attach(self, store: PoolStore, record: VolumeRecord, publication: NodePublication) -> VolumeRecord:
         attached = replace(record, published=(*record.published, publication), epoch=record.epoch + 1)
+        gate = self._locks.gate(store, f"volume:{record.id}")
         if not self._limit:
-            return store.volumes.replace(attached)
+            return store.volumes.replace(attached, gate)
         # Counted under the node's own lock, the same for the volumes of all pools, or two could take the last place at once.
         # A pool whose server is away is left out of both: its volumes are not counted, and nobody else waits for them.
         present = [pool for pool in self._pools if pool is store or pool.backend.problem() is None]
@@ -77,7 +78,7 @@ class Attachments:
                 raise ResourceExhausted(
                     f"node {publication.node_id} has {used} volumes; its limit (max_volumes_per_node) is {self._limit}"
                 )
-            return store.volumes.replace(attached)
+            return store.volumes.replace(attached, gate)
 
     def unpublish(self, handle: str, node_id: str) -> None:
         """Record that a node (empty: every node) no longer uses the volume. What is not published is unpublished already."""
@@ -91,7 +92,7 @@ class Attachments:
                 return
             left = tuple(known for known in record.published if node_id and known.node_id != node_id)
             if left != record.published:
-                store.volumes.replace(replace(record, published=left))
+                store.volumes.replace(replace(record, published=left), self._locks.gate(store, f"volume:{record_id}"))
 
     def _find(self, located: tuple[PoolStore, str] | None, handle: str) -> tuple[PoolStore, VolumeRecord]:
         record = located[0].volumes.get(located[1]) if located else None

@@ -209,8 +209,7 @@ class VolumeCreation:
             take_back(error, lambda: self._give_up(store, record), what)
 
     def _replace_own(self, store: PoolStore, record: VolumeRecord) -> VolumeRecord:
-        self._fence.require(store, store.volumes, record)
-        return store.volumes.replace(record, settle=files.order_directory)
+        return store.volumes.replace(record, self._fence.gate(store, store.volumes, record), files.order_directory)
 
     def _fill(
         self, store: PoolStore, record: VolumeRecord, job: JobControl | None, holding: Holding | ImageHolding

@@ -8,6 +8,7 @@ from dataclasses import replace
 from csi_driver.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, OperationPending, quoted
 from csi_driver.volumes.answers import GroupSnapshot
 from csi_driver.volumes.captures import FILE_BY_FILE, POINT_IN_TIME
+from csi_driver.volumes.fencing import Fence
 from csi_driver.volumes.finality import may_be_left, take_back
 from csi_driver.volumes.handles import GROUP, SNAPSHOT, parse_handle
 from csi_driver.volumes.jobs import JobControl, Jobs
@@ -37,6 +38,7 @@ class Groups:
         self._snapshots = snapshots
         self._sources = sources
         self._removal = removal
+        self._fence = Fence(locks, GROUP)
 
     def create(self, name: str, source_handles: Sequence[str], deadline: float) -> GroupSnapshot:
         """Cut the snapshots of all sources, or return those that this request cut before.
@@ -87,7 +89,7 @@ class Groups:
     def remove(self, store: PoolStore, record: GroupRecord) -> None:
         """Delete a group; the caller holds its lock. Raises FailedPrecondition while a restore reads a member."""
         with self._hold_members(store, record) as members:
-            deletion = begin_deletion(store, GROUP, store.groups, record.id)
+            deletion = begin_deletion(store, GROUP, store.groups, record.id, self._locks.gate(store, f"group:{record.id}"))
             for member in members:
                 self._removal.take(store, member)
         deletion.complete()
@@ -171,8 +173,8 @@ class Groups:
             except BaseException as error:  # noqa: BLE001 - raised again
                 take_back(error, lambda: self._give_up(store, record), what)
             with may_be_left(what):
-                self._locks.require(store, f"group:{record.id}")
-                return store.groups.replace(replace(record, phase=Phase.READY, consistency=consistency))
+                ready = replace(record, phase=Phase.READY, consistency=consistency)
+                return store.groups.replace(ready, self._fence.gate(store, store.groups, record))
 
     def _begin(self, store: PoolStore, group_id: str, name: str, sources: tuple[str, ...]) -> GroupRecord:
         handle = store.handle_of(group_id)
@@ -190,7 +192,7 @@ class Groups:
             members=members,
         )
         with may_be_left(f"group snapshot {record.handle}"):
-            added = store.groups.add(record)
+            added = store.groups.add(record, self._locks.gate(store, f"group:{record.id}"))
         if not added:
             raise AlreadyExists(f"group snapshot {quoted(name)} is being made by another controller")
         return record
@@ -228,6 +230,7 @@ class Groups:
         taken_back = [self._snapshots.give_up(store, member_id) for member_id in _member_ids(record)]
         if not all(taken_back):
             return False
+        self._locks.require(store, f"group:{record.id}")
         store.groups.remove(record.id)
         return True
 

@@ -72,7 +72,7 @@ class ImageDevices:
         named = replace(known, read_only_device=found.name) if read_only else replace(known, device=found.name)
         if read_only and not known.device:
             named = replace(named, device=found.name)
-        return self._state.volumes.replace(named)
+        return self._state.keep(named)
 
     def is_attached(self, known: NodeVolumeRecord, name: str) -> bool:
         """Tell whether the image is attached to the loop device of this name."""

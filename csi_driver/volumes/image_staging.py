@@ -80,10 +80,10 @@ class ImageStaging:
             try:
                 self._filesystems.mount(known, capability, staging)
             except FailedPrecondition as error:
-                known = self._state.volumes.replace(replace(known, fault=str(error)))
+                known = self._state.keep(replace(known, fault=str(error)))
                 raise
             if known.fault:
-                known = self._state.volumes.replace(replace(known, fault=""))
+                known = self._state.keep(replace(known, fault=""))
         return known
 
     # --- what is there --------------------------------------------------------------------------------------------------------------

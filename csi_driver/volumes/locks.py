@@ -81,6 +81,15 @@ class KeyedLocks:
             raise LockLost(f"the lock of {key} in pool {store.name} was lost, its server was away for too long; try again")
 
     @contextmanager
+    def gate(self, store: LockedStore, key: str) -> Iterator[None]:
+        """Ask for `key`, not shared, right before the step that is made within, as what was written until then took its time.
+
+        Raises LockLost.
+        """
+        self.require(store, key)
+        yield
+
+    @contextmanager
     def queue(self, store: LockedStore, key: str, seconds: float) -> Iterator[None]:
         """Hold `key` in `store` until the context ends, after waiting at most `seconds` for others; for moments, not for work.
 

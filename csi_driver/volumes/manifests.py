@@ -25,6 +25,7 @@ from csi_driver.volumes.jobs import JobControl
 from csi_driver.volumes.model import ManifestSummary
 from csi_driver.volumes.pool_layout import MANIFESTS, new_token
 from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.records import Gate
 
 MOST_DIFFERENCES = 1000
 """More are counted, not listed."""
@@ -70,9 +71,10 @@ class Manifest:
         self.unreadable = unreadable
         """What the disk did not give back, at most `MOST_DIFFERENCES` of it."""
 
-    def keep(self, record_id: str) -> None:
-        """Make it the snapshot's manifest, durably."""
-        os.rename(self._name, record_id, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+    def keep(self, record_id: str, gate: Gate) -> None:
+        """Make it the snapshot's manifest, durably, in one step within `gate`."""
+        with gate:
+            os.rename(self._name, record_id, src_dir_fd=self._folder, dst_dir_fd=self._folder)
         files.sync_directory(self._folder)
 
     def differences(self, record_id: str, expected: ManifestSummary) -> Iterator[Difference]:

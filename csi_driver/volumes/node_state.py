@@ -96,6 +96,11 @@ class NodeState:
     def get(self, handle: str) -> NodeVolumeRecord | None:
         return self.volumes.get(self.id_of(handle))
 
+    def keep(self, record: NodeVolumeRecord) -> NodeVolumeRecord:
+        """Write down what is now known of a volume, in place of what was. The caller holds its lock. Returns the record."""
+        # No gate: the lock is this kernel's own, and nobody takes it away from a process that lives.
+        return self.volumes.replace(record, files.OPEN)
+
     def try_hold(self, offset: int, *, shared: bool) -> HeldLock | None:
         with _opened(self._directory) as directory:
             return ByteRangeLocks(directory, "lock").try_hold(offset, shared=shared)

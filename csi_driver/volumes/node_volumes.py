@@ -96,14 +96,14 @@ class NodeVolumes:
         if not group or group == known.mount_group or mounts.mount_is_read_only(mounted):
             return
         self.groups.give(known.handle, store.backend, mounted, group)
-        self.state.volumes.replace(replace(self.state.get(known.handle) or known, mount_group=group))
+        self.state.keep(replace(self.state.get(known.handle) or known, mount_group=group))
 
     def grown(self, handle: str, size_bytes: int) -> None:
         """Remember that a volume of a remote pool has been made larger."""
         with self.lock(handle):
             known = self.state.get(handle)
             if known is not None and known.capacity_bytes is not None and known.capacity_bytes < size_bytes:
-                self.state.volumes.replace(replace(known, capacity_bytes=size_bytes))
+                self.state.keep(replace(known, capacity_bytes=size_bytes))
 
     def _own_places(self) -> Iterable[Path]:
         return (self.state.directory, *(store.backend.root() for store in self._pools if store.backend.node_local))

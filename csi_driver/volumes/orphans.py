@@ -44,7 +44,7 @@ class Orphans:
                 if known is None or known != seen or not self._is_orphan(known):
                     return 0
                 if known.ephemeral:
-                    self._state.volumes.replace(replace(known, targets=()))
+                    self._state.keep(replace(known, targets=()))
                 else:
                     self._state.volumes.remove(known.id)
             _log.warning("the kubelet will not ask for this volume again: it is forgotten", extra={"volume": seen.handle})

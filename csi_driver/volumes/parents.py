@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
 
-from csi_driver.errors import InvalidArgument, OperationPending, quoted
+from csi_driver.errors import InvalidArgument, OperationPending, RecordDamaged, quoted
 from csi_driver.linux import beneath, btrfs, files
 from csi_driver.linux.directories import make_directories
 from csi_driver.linux.system_calls import InodeReader
 from csi_driver.volumes.locks import KeyedLocks
-from csi_driver.volumes.pool_layout import PARENTS
+from csi_driver.volumes.model import VolumeRecord
+from csi_driver.volumes.pool_layout import PARENTS, RETAINED
 from csi_driver.volumes.pool_store import PoolStore
 from csi_driver.volumes.trash import volumes_being_deleted
 
@@ -86,6 +87,14 @@ class Parents:
                 raise InvalidArgument(
                     f"directory {quoted(directory)} would lie inside volume {other.handle} ({other.directory}) of pool {store.name}"
                 )
+        # Nor in what a deleted volume left: it may be somebody's static volume by now. But the driver may have made it anew since.
+        if not _was_made(store, parent, status.inode):
+            for name, retained in _retained_volumes(store):
+                if retained.directory == parent:
+                    raise InvalidArgument(
+                        f"directory {quoted(directory)} would lie inside {parent} of pool {store.name}, the data that volume {retained.handle} "
+                        f"left (onDelete: retain); choose another `directory`, or, where that data has gone, remove .csi/{RETAINED}/{name}"
+                    )
         self._known.add(known)
 
 
@@ -153,15 +162,34 @@ def _look(root: int, directory: str) -> tuple[int, bool] | None:
 
 def _marks(marks: int) -> Iterator[tuple[str, int]]:
     for name in os.listdir(marks):
-        if not name.endswith(".json"):
-            continue
-        try:
-            body = json.loads(files.read_bounded(marks, name, _MARK_BYTES))
-            directory, inode = body["directory"], body["inode"]
-        except (OSError, ValueError, LookupError, TypeError):
-            continue
-        if isinstance(directory, str) and type(inode) is int and _name_of(directory) == name:
-            yield directory, inode
+        if name.endswith(".json") and (mark := _read_mark(marks, name)) is not None:
+            yield mark
+
+
+def _read_mark(marks: int, name: str) -> tuple[str, int] | None:
+    """Return a directory and which inode it was when the driver made it; None where there is no mark that can be read."""
+    try:
+        body = json.loads(files.read_bounded(marks, name, _MARK_BYTES))
+        directory, inode = body["directory"], body["inode"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    sound = isinstance(directory, str) and type(inode) is int and _name_of(directory) == name
+    return (directory, inode) if sound else None
+
+
+def _retained_volumes(store: PoolStore) -> Iterator[tuple[str, VolumeRecord]]:
+    """Read what says which volumes `onDelete: retain` has kept, each with its file's name; what is damaged is left out."""
+    with store.open(RETAINED) as folder:
+        for name in sorted(os.listdir(folder)):
+            with suppress(RecordDamaged):
+                record = store.volumes.read_in(folder, name, name.partition(".")[0])
+                if record is not None:
+                    yield name, record
+
+
+def _was_made(store: PoolStore, directory: str, inode: int) -> bool:
+    with store.open(PARENTS) as marks:
+        return _read_mark(marks, _name_of(directory)) == (directory, inode)
 
 
 def _unmark(marks: int, directory: str) -> None:

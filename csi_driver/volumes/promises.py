@@ -28,6 +28,7 @@ from csi_driver.backends.base import Space
 from csi_driver.errors import OperationPending, ResourceExhausted
 from csi_driver.linux import beneath, files
 from csi_driver.volumes.folder_index import FolderIndex
+from csi_driver.volumes.handles import VOLUME
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.pool_layout import ARCHIVED, RETAINED, VOLUMES, archived_place, new_token
 from csi_driver.volumes.pool_store import PoolStore
@@ -94,8 +95,8 @@ class Promises:
     def gate(self, store: PoolStore, record_id: str, size_bytes: int, more_bytes: int) -> AbstractContextManager[object]:
         """Return the gate within which a volume's record, of `size_bytes`, may raise the promises by `more_bytes`.
 
-        Raises Committed where so much is not free beyond the reserve. Entering it raises Committed where it cannot be promised, and
-        OperationPending where it takes too long to come to it.
+        Raises Committed where so much is not free beyond the reserve. Entering it raises Committed where it cannot be promised,
+        OperationPending where it takes too long to come to it, and LockLost where the volume's lock, which the caller holds, was lost.
         """
         space = store.space()
         reserve = store.backend.budget.reserve_of(space.total_bytes)
@@ -122,7 +123,8 @@ class Promises:
                 raise Committed(_refusal(store, room, more_bytes))
             if not marked:
                 ledger.mark()
-            with ledger.noting(record_id, size_bytes):
+            # The volume's lock last of all: there may have been a queue.
+            with ledger.noting(record_id, size_bytes), self._locks.gate(store, f"{VOLUME}:{record_id}"):
                 yield
 
     def _ledger(self, store: PoolStore) -> "_Ledger":

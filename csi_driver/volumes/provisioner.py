@@ -86,7 +86,7 @@ class Provisioner:
         with self._locks.hold(store, f"volume:{record.id}"):
             _, record = find_ready(self._pools, handle)
             if on_delete is not None and on_delete is not record.on_delete:
-                store.volumes.replace(replace(record, on_delete=on_delete))
+                store.volumes.replace(replace(record, on_delete=on_delete), self._locks.gate(store, f"volume:{record.id}"))
 
     # --- delete -------------------------------------------------------------------------------------------------------------------
 

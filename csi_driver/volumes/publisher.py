@@ -81,12 +81,12 @@ class Publisher:
         )
         if store.backend.remote:
             # Before the volume: Unpublish must know in which pool to look for it, when others' servers are away.
-            known = known or self._state.volumes.replace(wanted)
+            known = known or self._state.keep(wanted)
         # Cut off between the volume and the node's record of it, Unpublish finds the volume by the handle.
         record = self._inline.create(request.volume_handle, store, request.capability, request.volume_context)
         source = store.backend.source_of(record.directory)
         if known is None or known.directory != record.directory:
-            known = self._state.volumes.replace(replace(known or wanted, directory=record.directory, source=source))
+            known = self._state.keep(replace(known or wanted, directory=record.directory, source=source))
         place = Placement(store, record.directory, static=False, capacity_bytes=record.capacity_bytes)
         self._bind(known, place, None, target, request)
 
@@ -116,7 +116,7 @@ class Publisher:
             self._volumes.give_group(known, place.store, staging, capability)
             known = self._state.get(known.handle) or known
         others = tuple(other for other in known.targets if other.path != str(target))
-        known = self._state.volumes.replace(replace(known, targets=(*others, wanted)))
+        known = self._state.keep(replace(known, targets=(*others, wanted)))
         if staging is None:
             backend.stage(place.directory, target, capability.mount_flags, read_only=readonly)
             self._volumes.give_group(known, place.store, target, capability)
@@ -158,7 +158,7 @@ class Publisher:
                 return
             left = replace(known, targets=tuple(other for other in known.targets if other.path != str(target)))
             if left != known:
-                self._state.volumes.replace(left)
+                self._state.keep(left)
         if left.ephemeral:
             self.remove_inline_leftovers()
 

@@ -33,6 +33,9 @@ class Record(Protocol):
 
 R = TypeVar("R", bound=Record)
 
+Gate = AbstractContextManager[object]
+"""What the one step that others see is made within; it may refuse it, by raising. That of a lock asks whether it still is ours."""
+
 OpenFolder = Callable[[], AbstractContextManager[int]]
 """Opens the folder that holds the records; raises Unavailable where the pool is not there, which is not "no such record"."""
 
@@ -50,9 +53,7 @@ class RecordFolder(Generic[R]):
         with self._open() as folder:
             return self._read(folder, record_id)
 
-    def add(
-        self, record: R, gate: AbstractContextManager[object] = files.OPEN, settle: files.Settle = files.sync_directory
-    ) -> bool:
+    def add(self, record: R, gate: Gate = files.OPEN, settle: files.Settle = files.sync_directory) -> bool:
         """Write a record that must not exist yet; False where another has its id. It appears within `gate`, which may refuse it.
 
         It lasts when this returns, or, with `files.order_directory`, as soon as something that is changed later does.
@@ -70,16 +71,17 @@ class RecordFolder(Generic[R]):
                 return False
         return True
 
-    def replace(
-        self, record: R, gate: AbstractContextManager[object] = files.OPEN, settle: files.Settle = files.sync_directory
-    ) -> R:
-        """Put a record in place of the one with its id, in one step within `gate`; `settle` as in `add`. Returns it."""
+    def replace(self, record: R, gate: Gate, settle: files.Settle = files.sync_directory) -> R:
+        """Put a record in place of the one with its id, in one step within `gate`; `settle` as in `add`. Returns it.
+
+        Whoever replaces has read before, and may be late: there is no default, lest a gate be forgotten. It raises what the gate raises.
+        """
         with self._open() as folder:
             files.write_atomically(folder, record.id + _SUFFIX, record_format.encode(record), gate, settle)
         return record
 
     @contextmanager
-    def drafted(self, record: R) -> Iterator[Callable[[AbstractContextManager[object]], None]]:
+    def drafted(self, record: R) -> Iterator[Callable[[Gate], None]]:
         """Write down a record that will be due at the end of the context; what is yielded shows it, once, within a gate, durably."""
         with self._open() as folder, files.drafted(folder, record.id + _SUFFIX, record_format.encode(record)) as show:
             yield lambda gate: show(gate, files.sync_directory)
@@ -98,11 +100,12 @@ class RecordFolder(Generic[R]):
                 return
             files.sync_directory(folder)
 
-    def move(self, record_id: str, target_folder: int, name: str) -> None:
-        """Move the record's file to `name` in another folder of the pool; one that is gone already is fine."""
+    def move(self, record_id: str, target_folder: int, name: str, gate: Gate) -> None:
+        """Move the record's file to `name` in another folder of the pool, within `gate`; one that is gone already is fine."""
         with self._open() as folder:
             try:
-                os.rename(record_id + _SUFFIX, name, src_dir_fd=folder, dst_dir_fd=target_folder)
+                with gate:
+                    os.rename(record_id + _SUFFIX, name, src_dir_fd=folder, dst_dir_fd=target_folder)
             except FileNotFoundError:
                 return
             files.sync_directory(target_folder)

@@ -23,6 +23,8 @@ from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.model import OnDelete, Phase, SnapshotRecord, VolumeRecord
 from csi_driver.volumes.pool_layout import ARCHIVE_DIRECTORY, ARCHIVED, RETAINED, archived_place, exists_at, new_token
 from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.records import Gate
+from csi_driver.volumes.snapshot_places import SnapshotPlaces
 from csi_driver.volumes.trash import begin_deletion, unfinished_deletions
 from csi_driver.volumes.volume_places import VolumePlaces
 
@@ -62,7 +64,8 @@ class VolumeRemoval:
             never_shown = record.phase is Phase.CREATING or record.ephemeral
             fate = OnDelete.DELETE if never_shown else record.on_delete
             if fate is OnDelete.ARCHIVE and record.phase is not Phase.DELETING:
-                record = store.volumes.replace(replace(record, phase=Phase.DELETING, token=new_token()))
+                deleting = replace(record, phase=Phase.DELETING, token=new_token())
+                record = store.volumes.replace(deleting, self._gate(store, record.id))
             self._take(store, record, fate)
 
     def finish(self, store: PoolStore, record: VolumeRecord) -> None:
@@ -71,17 +74,21 @@ class VolumeRemoval:
 
     def _take(self, store: PoolStore, record: VolumeRecord, fate: OnDelete) -> None:
         if fate is OnDelete.DELETE:
-            deletion = begin_deletion(store, VOLUME, store.volumes, record.id)
+            deletion = begin_deletion(store, VOLUME, store.volumes, record.id, self._gate(store, record.id))
             # While the data is in its place: once it is gone, another volume may have what this one was held by.
             self._limits.release(store, record)
-            deletion.take_directory(record.directory)
+            deletion.take_directory(record.directory, self._gate(store, record.id))
             deletion.complete()
             return
         if fate is OnDelete.ARCHIVE:
-            _archive(store, record)
+            _archive(store, record, self._gate(store, record.id))
         folder, token = (ARCHIVED, record.token) if fate is OnDelete.ARCHIVE else (RETAINED, new_token())
         with store.open(folder) as kept:
-            store.volumes.move(record.id, kept, f"{record.id}.{token}.json")
+            store.volumes.move(record.id, kept, f"{record.id}.{token}.json", self._gate(store, record.id))
+
+    def _gate(self, store: PoolStore, record_id: str) -> Gate:
+        """Return the gate (records.py) of a step that only who holds the volume's lock may take."""
+        return self._locks.gate(store, f"{VOLUME}:{record_id}")
 
     def complete(self, store: PoolStore, record_id: str) -> int:
         """Complete the deletions of this id that were cut off. The caller holds the volume's lock. Returns how many there were."""
@@ -94,7 +101,7 @@ class VolumeRemoval:
             with self._places.hold_own(store, record) as is_own:
                 if is_own:
                     self._limits.release(store, record)
-                    deletion.take_directory(record.directory)
+                    deletion.take_directory(record.directory, self._gate(store, record_id))
                 else:
                     _log.warning(
                         "what lies at the directory of a deleted volume, if anything, is another's and stays",
@@ -107,13 +114,31 @@ class VolumeRemoval:
 class SnapshotRemoval:
     """Takes a snapshot away. The caller holds the snapshot's lock."""
 
-    def __init__(self, locks: KeyedLocks) -> None:
+    def __init__(self, locks: KeyedLocks, places: SnapshotPlaces) -> None:
         self._locks = locks
+        self._places = places
 
     def remove(self, store: PoolStore, record: SnapshotRecord) -> None:
         """Delete the snapshot. Raises FailedPrecondition while a restore reads it."""
         with self.hold(store, record):
             self.take(store, record)
+
+    def abandon(self, store: PoolStore, record: SnapshotRecord) -> None:
+        """End a creation that nobody asks for any more: a snapshot that is whole is made ready and kept, any other is deleted.
+
+        Raises FailedPrecondition while something reads it, LockLost.
+        """
+        self.complete(store, record.id)
+        if not self._places.has_content(store, record.id):
+            self.remove(store, record)
+            return
+        # Somebody may have been told that it is ready, and `creating` be what a controller that was cut off wrote too late.
+        self._places.seal(store, record.id)
+        self._places.make_ready(store, record)
+        _log.warning(
+            "a snapshot that is whole, though its creation was not asked for again, is kept",
+            extra={"pool": store.name, "snapshot": record.handle},
+        )
 
     @contextmanager
     def hold(self, store: PoolStore, record: SnapshotRecord) -> Iterator[None]:
@@ -130,8 +155,8 @@ class SnapshotRemoval:
     def take(self, store: PoolStore, record: SnapshotRecord) -> None:
         """Delete a snapshot that the caller holds."""
         trash_staging(store, record.id)
-        deletion = begin_deletion(store, SNAPSHOT, store.snapshots, record.id)
-        deletion.take_snapshot()
+        deletion = begin_deletion(store, SNAPSHOT, store.snapshots, record.id, self._gate(store, record.id))
+        deletion.take_snapshot(self._gate(store, record.id))
         deletion.complete()
 
     def complete(self, store: PoolStore, record_id: str) -> int:
@@ -142,12 +167,16 @@ class SnapshotRemoval:
         deletions = unfinished_deletions(store, SNAPSHOT, record_id)
         for deletion in deletions:
             if not deletion.has_data():
-                deletion.take_snapshot()
+                deletion.take_snapshot(self._gate(store, record_id))
             deletion.complete()
         return len(deletions)
 
+    def _gate(self, store: PoolStore, record_id: str) -> Gate:
+        """Return the gate (records.py) of a step that only who holds the snapshot's lock may take."""
+        return self._locks.gate(store, f"{SNAPSHOT}:{record_id}")
 
-def _archive(store: PoolStore, record: VolumeRecord) -> None:
+
+def _archive(store: PoolStore, record: VolumeRecord, gate: Gate) -> None:
     name = archived_place(record.directory, record.token).rpartition("/")[2]
     with store.open_root() as root:
         with suppress(FileExistsError):
@@ -158,7 +187,8 @@ def _archive(store: PoolStore, record: VolumeRecord) -> None:
         if exists_at(archive, name):
             return  # moved before a crash: what lies at the old place now is another's
         with store.open_parent(record.directory) as (parent, last):
-            rename_directory(parent, last, archive, name)
+            with gate:
+                rename_directory(parent, last, archive, name)
             files.sync_directory(archive)
             files.sync_directory(parent)
     except FileNotFoundError:

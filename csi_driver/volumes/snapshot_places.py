@@ -5,12 +5,13 @@ or not at all.
 """
 
 import os
+from dataclasses import replace
 
 from csi_driver.linux import btrfs, files
 from csi_driver.volumes.attempts import open_staged, staging_name
 from csi_driver.volumes.fencing import Fence
 from csi_driver.volumes.locks import KeyedLocks
-from csi_driver.volumes.model import SnapshotRecord
+from csi_driver.volumes.model import Phase, SnapshotRecord
 from csi_driver.volumes.pool_layout import SNAPSHOT_DATA, STAGING, exists_at
 from csi_driver.volumes.pool_store import PoolStore
 
@@ -29,8 +30,7 @@ class SnapshotPlaces:
         It lasts there as soon as the record that says ready does.
         """
         record_id, name = record.id, staging_name(record.id, record.token)
-        self._fence.require(store, store.snapshots, record)
-        store.snapshots.replace(record, settle=files.order_directory)
+        store.snapshots.replace(record, self._fence.gate(store, store.snapshots, record), files.order_directory)
         with store.open(STAGING) as staging, store.open(SNAPSHOT_DATA) as data:
             with open_staged(staging, name) as content:
                 files.order_directory(content)
@@ -48,6 +48,10 @@ class SnapshotPlaces:
             btrfs.set_read_only(content, read_only=True)
         finally:
             os.close(content)
+
+    def make_ready(self, store: PoolStore, record: SnapshotRecord) -> SnapshotRecord:
+        """Say that a snapshot that is in its place is ready. Returns the record as it now is. Raises LockLost."""
+        return store.snapshots.replace(replace(record, phase=Phase.READY), self._fence.gate(store, store.snapshots, record))
 
     def has_content(self, store: PoolStore, record_id: str) -> bool:
         """Tell whether a snapshot's content is in place: it gets there complete or not at all."""

@@ -104,7 +104,8 @@ class Snapshots:
             if record is None:
                 _, source = self._sources.volume(request.source_handle)
                 record = self.begin(store, record_id, request.name, source, None)
-            elif record.phase is Phase.CREATING and not self.is_cut(store, record):
+            elif record.phase is Phase.CREATING:
+                # Also one that is cut: who cut it may still read it for its digests.
                 with may_be_left(f"snapshot {record.handle}"):
                     record = self.take_over(store, record)
             if record.phase is Phase.CREATING:
@@ -153,7 +154,7 @@ class Snapshots:
             form=source.form,
         )
         with may_be_left(f"snapshot {record.handle}"):
-            added = store.snapshots.add(record, settle=files.order_directory)
+            added = store.snapshots.add(record, self._locks.gate(store, f"snapshot:{record_id}"), files.order_directory)
         if not added:
             raise AlreadyExists(f"snapshot {quoted(name)} is being made by another controller")
         return record
@@ -200,7 +201,7 @@ class Snapshots:
 
     def make_ready(self, store: PoolStore, record: SnapshotRecord) -> SnapshotRecord:
         """Say that a snapshot that is in its place is ready. Returns the record as it now is. Raises LockLost."""
-        return store.snapshots.replace(replace(record, phase=Phase.READY), self._fence.gate(store, store.snapshots, record))
+        return self._places.make_ready(store, record)
 
     def give_up(self, store: PoolStore, record_id: str, token: str = "") -> bool:
         """Take back a snapshot that never became ready, and tell whether nothing is left.
@@ -214,7 +215,9 @@ class Snapshots:
                 trash_staging(store, record_id, token)
             return False
         trash_staging(store, record_id, token)
+        self._locks.require(store, f"snapshot:{record_id}")
         discard_snapshot_data(store, record_id)
+        self._locks.require(store, f"snapshot:{record_id}")
         store.snapshots.remove(record_id)
         return True
 

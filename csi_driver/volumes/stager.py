@@ -83,7 +83,7 @@ class Stager:
             form=place.form,
             epoch=place.epoch,
         )
-        self._state.volumes.replace(record)
+        self._state.keep(record)
         way = self._volumes.staging_of(record.form)
         try:
             record = way.stage(record, place.store, capability, staging, place.capacity_bytes)
@@ -94,7 +94,7 @@ class Stager:
         mounted = topmost_mount_at(staging)
         if record.form.layout is Layout.DIRECTORY and record.source and mounted is not None and mounted.source != record.source:
             # The kernel writes some names in another way.
-            record = self._state.volumes.replace(replace(record, source=mounted.source))
+            record = self._state.keep(replace(record, source=mounted.source))
         return record
 
     def _forget(self, handle: str, staging: Path) -> None:

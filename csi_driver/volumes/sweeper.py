@@ -220,7 +220,8 @@ class Sweeper:
             with self._one(store, report), self._hold(store, snapshot.id):
                 found = store.snapshots.get(snapshot.id)
                 if found is not None and (found.phase, found.token) == (snapshot.phase, snapshot.token):
-                    self._snapshots.remove(store, found)
+                    end = self._snapshots.remove if found.phase is Phase.DELETING else self._snapshots.abandon
+                    end(store, found)
                     _count(report, snapshot.phase)
 
     def _renew_limits(self, store: PoolStore, report: SweepReport, _patient: bool) -> None:
@@ -231,7 +232,7 @@ class Sweeper:
                 if current is not None and current.phase is Phase.READY:
                     renewed = self._lapses.renew(store, current, self._stop.is_set)
                     if renewed != current:
-                        store.volumes.replace(renewed)
+                        store.volumes.replace(renewed, self._locks.gate(store, f"volume:{record_id}"))
                     level = renewed.limit.level if renewed.limit is not None else ""
                     _log.info("a volume is held to its size again", extra={"volume": current.handle, "limit": level})
 

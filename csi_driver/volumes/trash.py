@@ -20,7 +20,7 @@ from csi_driver.volumes.handles import GROUP, SNAPSHOT, VOLUME
 from csi_driver.volumes.model import GroupRecord, SnapshotRecord, VolumeRecord
 from csi_driver.volumes.pool_layout import MANIFESTS, SNAPSHOT_DATA, TRASH, exists_at, new_token
 from csi_driver.volumes.pool_store import PoolStore
-from csi_driver.volumes.records import RecordFolder
+from csi_driver.volumes.records import Gate, RecordFolder
 
 _RECORD_NAME = re.compile(rf"(?P<data>(?P<id>[a-z2-7]{{26}})\.[0-9a-f]+)\.(?P<kind>{VOLUME}|{SNAPSHOT}|{GROUP})\.json")
 _Record = TypeVar("_Record", VolumeRecord, SnapshotRecord, GroupRecord)
@@ -46,15 +46,15 @@ class Deletion:
         with self.store.open(TRASH) as trash:
             return exists_at(trash, self.data_name)
 
-    def take_directory(self, directory: str) -> None:
-        """Move a volume's directory to the trash; one that is gone already is fine."""
-        with suppress(FileNotFoundError), self.store.open_parent(directory) as (parent, name):
+    def take_directory(self, directory: str, gate: Gate) -> None:
+        """Move a volume's directory to the trash, within `gate`; one that is gone already is fine."""
+        with suppress(FileNotFoundError), self.store.open_parent(directory) as (parent, name), gate:
             self._take(parent, name)
 
-    def take_snapshot(self) -> None:
-        """Move a snapshot's content to the trash, without its manifest; one that is gone already is fine."""
-        drop_manifest(self.store, self.record_id)
-        with suppress(FileNotFoundError), self.store.open(SNAPSHOT_DATA) as parent:
+    def take_snapshot(self, gate: Gate) -> None:
+        """Move a snapshot's content to the trash, without its manifest, within `gate`; one that is gone already is fine."""
+        with suppress(FileNotFoundError), self.store.open(SNAPSHOT_DATA) as parent, gate:
+            drop_manifest(self.store, self.record_id)
             self._take(parent, self.record_id)
 
     def complete(self) -> None:
@@ -70,12 +70,12 @@ class Deletion:
             files.sync_directory(parent)
 
 
-def begin_deletion(store: PoolStore, kind: str, records: RecordFolder[_Record], record_id: str) -> Deletion:
-    """Delete a thing, by one rename of its record; its data has to follow. The caller holds its lock."""
+def begin_deletion(store: PoolStore, kind: str, records: RecordFolder[_Record], record_id: str, gate: Gate) -> Deletion:
+    """Delete a thing, by one rename of its record, within `gate`; its data has to follow. The caller holds its lock."""
     name = f"{record_id}.{new_token()}"
     deletion = Deletion(store, kind, record_id, f"{name}.{kind}.json", name)
     with store.open(TRASH) as trash:
-        records.move(record_id, trash, deletion.record_name)
+        records.move(record_id, trash, deletion.record_name, gate)
     return deletion
 
 

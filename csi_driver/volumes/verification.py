@@ -6,19 +6,22 @@ restore of a class with `verify: "true"`, reads the snapshot again and compares.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from csi_driver.errors import FailedPrecondition, OperationPending
+from csi_driver.errors import FailedPrecondition, LockLost, OperationPending
 from csi_driver.linux.priorities import stand_back
 from csi_driver.volumes.contents import Contents, Source
+from csi_driver.volumes.fencing import Fence
+from csi_driver.volumes.handles import SNAPSHOT
 from csi_driver.volumes.jobs import JobControl
 from csi_driver.volumes.locks import KeyedLocks
 from csi_driver.volumes.manifests import MOST_DIFFERENCES, Difference, Manifest, read_manifest
 from csi_driver.volumes.model import ContentSource, ManifestSummary, SnapshotRecord, SourceKind
 from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.records import Gate
 from csi_driver.volumes.sources import Sources
 from csi_driver.volumes.turns import Turns
 
@@ -47,6 +50,7 @@ class Verifier:
         self._contents = contents
         self._sources = sources
         self._turns = turns
+        self._fence = Fence(locks, SNAPSHOT)
 
     def verify(self, handle: str, job: JobControl) -> Verification:
         """Read a snapshot and compare it with its digests, or make them where there are none.
@@ -72,7 +76,7 @@ class Verifier:
             if found.unreadable:
                 shown = ", ".join(each.path for each in found.unreadable[:3])
                 raise FailedPrecondition(f"volume {record.source_handle} is damaged, the disk does not give back: {shown}")
-            return self._keep(store, record, found)
+            return self._keep(store, record, found, lambda: self._fence.gate(store, store.snapshots, record))
 
     def require_whole(self, source: Source, job: JobControl) -> None:
         """Let a snapshot that the caller holds be used only if it is what it was. Raises FailedPrecondition."""
@@ -102,19 +106,22 @@ class Verifier:
     def _keep_alone(self, source: Source, found: Manifest) -> SnapshotRecord:
         """Keep what took long to make, also where somebody else looks at the snapshot at this moment. Raises OperationPending."""
         until = time.monotonic() + _PATIENCE_SECONDS
+        key = f"snapshot:{source.record_id}"
         while True:
             try:
-                with self._locks.hold(source.store, f"snapshot:{source.record_id}"):
-                    return self._keep(source.store, self._record(source), found)
+                with self._locks.hold(source.store, key):
+                    return self._keep(source.store, self._record(source), found, lambda: self._locks.gate(source.store, key))
+            except LockLost:
+                raise  # the snapshot may be another by now
             except OperationPending:
                 if time.monotonic() > until:
                     raise
                 time.sleep(0.05)
 
     @staticmethod
-    def _keep(store: PoolStore, record: SnapshotRecord, found: Manifest) -> SnapshotRecord:
-        found.keep(record.id)
-        return store.snapshots.replace(replace(record, manifest=found.summary))
+    def _keep(store: PoolStore, record: SnapshotRecord, found: Manifest, gate: Callable[[], Gate]) -> SnapshotRecord:
+        found.keep(record.id, gate())
+        return store.snapshots.replace(replace(record, manifest=found.summary), gate())
 
     @staticmethod
     def _record(source: Source) -> SnapshotRecord:

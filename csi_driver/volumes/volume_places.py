@@ -71,7 +71,8 @@ class VolumePlaces:
                     try:
                         make_exclusively(parent, name, store.remote_maker)
                     except FileExistsError:
-                        store.volumes.replace(replace(record, claimed=False, content_inode=None))
+                        unclaimed = replace(record, claimed=False, content_inode=None)
+                        store.volumes.replace(unclaimed, self._fence.gate(store, store.volumes, record))
                         raise _exists(store, record.directory) from None
                 self._fence.require(store, store.volumes, record)
                 try:

@@ -1,49 +1,12 @@
-"""Two controllers that both believe that a lock is theirs: the pool's server was away, and has given it to the second meanwhile.
-
-Taken away here by replacing the pool's lock file, so that the two ask for different ones.
-"""
-
-import threading
+"""Creations whose lock another controller has got meanwhile (rivals.py)."""
 
 import pytest
 from bench import MIB
+from rivals import Slow, lose_all_locks
 from trees import fill, seen
 
 from csi_driver.errors import LockLost, NotFound, OperationPending, Unavailable
 from csi_driver.linux import files
-
-
-def lose_all_locks(bench):
-    (bench.pool().backend.root() / ".csi/lock").unlink()
-
-
-class Slow:
-    """A call that stands still before a step of its own domain, and is let go on later."""
-
-    def __init__(self, monkeypatch, place, step, call):
-        self._here, self._go_on, self.outcome = threading.Event(), threading.Event(), None
-        done = getattr(place, step)
-
-        def wait(*arguments, **keywords):
-            self._here.set()
-            assert self._go_on.wait(30)
-            return done(*arguments, **keywords)
-
-        monkeypatch.setattr(place, step, wait)
-        self._thread = threading.Thread(target=self._run, args=(call,))
-        self._thread.start()
-        assert self._here.wait(30)
-
-    def _run(self, call):
-        try:
-            self.outcome = call()
-        except Exception as error:
-            self.outcome = error
-
-    def go_on(self):
-        self._go_on.set()
-        self._thread.join(30)
-        return self.outcome
 
 
 @pytest.fixture

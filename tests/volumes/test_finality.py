@@ -208,9 +208,8 @@ def test_a_retry_that_cannot_even_take_over_what_was_cut_off_is_asked_for_again(
     make = {"clone": lambda: bench.clone("new", source), "snapshot": lambda: bench.snapshot("new", source)}[kind]
     folder = bench.pool().volumes if kind == "clone" else bench.pool().snapshots
     made = make().record
-    folder.replace(
-        replace(made, phase=Phase.CREATING, **({"claimed": False, "content_inode": None} if kind == "clone" else {}))
-    )
+    changes = {"claimed": False, "content_inode": None} if kind == "clone" else {}
+    folder.replace(replace(made, phase=Phase.CREATING, **changes), files.OPEN)
     place = bench.pool().backend.root() / (made.directory if kind == "clone" else f".csi/snapshots-data/{made.id}")
     shutil.rmtree(place)  # as after a kill in the midst of the copy
 

@@ -206,7 +206,7 @@ def test_a_restarted_driver_finds_raw_blocks_whose_file_lost_its_name_with_the_m
     assert again.publish(handle, "second", block()).read_bytes()[:4] == b"kept"
     # The other's device has the same name by now, and is not taken for this one's.
     (foreign,) = devices_of(image_of(bench, other))
-    again.domain.state.volumes.replace(replace(again.domain.state.get(handle), device=foreign))
+    again.domain.state.keep(replace(again.domain.state.get(handle), device=foreign))
     with pytest.raises(FailedPrecondition, match="is not staged"):
         again.publish(handle, "third", block())
 

@@ -326,9 +326,10 @@ def test_whoever_keeps_the_lock_of_the_pool_is_waited_for_and_not_for_ever(small
     other = small.restarted()
     began, finish = threading.Event(), threading.Event()
     gate = other.domain.promises.gate(other.pool(), "x" * 26, MIB, MIB)
+    locks = other.domain.services.volumes._locks
 
     def hold():
-        with gate:
+        with locks.hold(other.pool(), f"volume:{'x' * 26}"), gate:
             began.set()
             finish.wait(10)
 

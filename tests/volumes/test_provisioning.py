@@ -19,6 +19,7 @@ from csi_driver.errors import (
     ResourceExhausted,
 )
 from csi_driver.volumes.model import AccessMode, AccessType, ContentSource, NodePublication, OnDelete, Ownership, SourceKind
+from csi_driver.volumes.placement import find_static
 from csi_driver.volumes.requests import DEFAULT_CAPACITY_BYTES, Capability, CapacityRange, Page
 
 HERE = {f"topology.{DRIVER}/node": NODE}
@@ -452,6 +453,50 @@ def test_a_template_inside_another_volume_is_refused(bench, inside):
     plain = bench.create("plain")
     with pytest.raises(InvalidArgument, match="would lie inside volume"):
         bench.create("inner", directory=f"{plain.record.directory}/inner")
+
+
+@pytest.mark.parametrize("inside", ["team/two", "team/deep/two"])
+def test_a_template_inside_retained_data_is_refused(bench, inside):
+    """By now it may be somebody's static volume: then a directory in there would belong to two."""
+    retained = bench.create("one", directory="team", on_delete=OnDelete.RETAIN)
+    bench.volumes.delete(retained.record.handle)
+    assert find_static(bench.pool(), {"pool": "default", "directory": "team"}) == "team"
+    for _ in range(2):
+        with pytest.raises(InvalidArgument, match="lie inside team of pool default, the data that volume"):
+            bench.create("two", directory=inside)
+    assert os.listdir(bench.path(retained)) == []
+    assert find_static(bench.pool(), {"pool": "default", "directory": "team"}) == "team"
+    assert bench.pool().volumes.ids() == []
+    (record,) = (bench.pool().backend.root() / ".csi/retained").iterdir()
+    with pytest.raises(InvalidArgument, match=record.name):
+        bench.create("two", directory=inside)
+    record.unlink()
+    assert bench.create("two", directory=inside).record.directory == inside
+
+
+def test_a_template_goes_beside_retained_data(bench):
+    retained = bench.create("one", directory="team/one", on_delete=OnDelete.RETAIN)
+    bench.volumes.delete(retained.record.handle)
+    assert bench.create("two", directory="team/two").record.directory == "team/two"
+    assert bench.restarted().create("three", directory="team/three").record.directory == "team/three"
+
+
+def test_a_template_is_not_kept_out_by_retained_data_that_an_admin_has_removed(bench):
+    retained = bench.create("one", directory="team", on_delete=OnDelete.RETAIN)
+    bench.volumes.delete(retained.record.handle)
+    bench.path(retained).rmdir()
+    for driver, name in ((bench, "two"), (bench, "three"), (bench.restarted(), "four")):
+        assert driver.create(name, directory=f"team/{name}").record.directory == f"team/{name}"
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]"])
+def test_a_retained_record_that_cannot_be_read_keeps_no_template_out(bench, damage):
+    retained = bench.create("one", directory="elsewhere", on_delete=OnDelete.RETAIN)
+    bench.volumes.delete(retained.record.handle)
+    (record,) = (bench.pool().backend.root() / ".csi/retained").iterdir()
+    record.write_text(damage)
+    (bench.pool().backend.root() / "team").mkdir()
+    assert bench.create("two", directory="team/two").record.directory == "team/two"
 
 
 def test_a_template_above_another_volume_is_refused(bench):

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 from crash import runs_to_its_end
 
-from csi_driver.errors import RecordDamaged, Unavailable
+from csi_driver.errors import LockLost, RecordDamaged, Unavailable
+from csi_driver.linux.files import OPEN
 from csi_driver.volumes.model import Phase, VolumeRecord
 from csi_driver.volumes.records import RecordFolder
 
@@ -98,7 +99,7 @@ def test_a_record_that_is_replaced_is_never_half_there(folder, place):
     reader = threading.Thread(target=read)
     reader.start()
     for number in range(300):
-        folder.replace(record(name=f"{number} " * 2000))
+        folder.replace(record(name=f"{number} " * 2000), OPEN)
     stop.set()
     reader.join()
     assert None not in seen
@@ -107,8 +108,8 @@ def test_a_record_that_is_replaced_is_never_half_there(folder, place):
 
 def test_a_writer_that_is_killed_leaves_the_old_record_or_the_new(folder):
     for change in range(1, 10):
-        folder.replace(record(name="old"))
-        done = runs_to_its_end(lambda: folder.replace(record(name="new")), change)
+        folder.replace(record(name="old"), OPEN)
+        done = runs_to_its_end(lambda: folder.replace(record(name="new"), OPEN), change)
         assert folder.get(IDS[0]).name == ("new" if done else "old")
         assert folder.ids() == [IDS[0]]
         if done:
@@ -116,10 +117,46 @@ def test_a_writer_that_is_killed_leaves_the_old_record_or_the_new(folder):
     raise AssertionError("never done")
 
 
+def test_a_gate_is_asked_when_only_the_name_is_missing(folder, place):
+    folder.add(record(name="old"))
+    seen = []
+
+    @contextmanager
+    def gate():
+        seen.extend(sorted(path.read_text() for path in place.iterdir()))
+        raise LockLost("too late")
+        yield
+
+    for act in (lambda: folder.replace(record(name="new"), gate()), lambda: folder.add(record(IDS[1], name="new"), gate())):
+        seen.clear()
+        with pytest.raises(LockLost):
+            act()
+        assert len(seen) == 2
+        assert '"new"' in "".join(seen)
+        assert folder.ids() == [IDS[0]]
+        assert folder.get(IDS[0]).name == "old"
+        assert os.listdir(place) == [f"{IDS[0]}.json"]
+
+
+def test_a_record_is_moved_within_its_gate(folder, place):
+    folder.add(record())
+    target = os.open(place, os.O_RDONLY)
+
+    @contextmanager
+    def gate():
+        raise LockLost("too late")
+        yield
+
+    with pytest.raises(LockLost):
+        folder.move(IDS[0], target, "moved.json", gate())
+    os.close(target)
+    assert os.listdir(place) == [f"{IDS[0]}.json"]
+
+
 def test_a_record_on_disk_is_for_root_alone(folder, place):
     folder.add(record())
     folder.add(record(IDS[1]))
-    folder.replace(record())
+    folder.replace(record(), OPEN)
     assert {path.stat().st_mode & 0o777 for path in place.iterdir()} == {0o600}
 
 
@@ -130,8 +167,8 @@ def test_removing_and_moving_what_is_gone_is_no_error(folder, place, tmp_path):
     folder.add(record())
     (tmp_path / "target").mkdir()
     target = os.open(tmp_path / "target", os.O_RDONLY)
-    folder.move(IDS[0], target, "kept.json")
-    folder.move(IDS[0], target, "kept.json")
+    folder.move(IDS[0], target, "kept.json", OPEN)
+    folder.move(IDS[0], target, "kept.json", OPEN)
     os.close(target)
     assert json.loads((tmp_path / "target/kept.json").read_text())["id"] == IDS[0]
     assert os.listdir(place) == []
@@ -146,7 +183,7 @@ def test_a_pool_that_is_not_there_is_unavailable_and_never_empty(folder, place):
     with pytest.raises(Unavailable):
         folder.add(record())
     with pytest.raises(Unavailable):
-        folder.replace(record())
+        folder.replace(record(), OPEN)
 
 
 def damage(place, how):

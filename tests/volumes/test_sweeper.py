@@ -12,6 +12,7 @@ from trees import fill, seen
 
 from csi_driver.config import HostPathPool
 from csi_driver.errors import OperationPending
+from csi_driver.linux.files import OPEN
 from csi_driver.volumes.handles import SNAPSHOT, VOLUME
 from csi_driver.volumes.model import Phase
 from csi_driver.volumes.requests import CreateSnapshot, Page
@@ -22,7 +23,7 @@ LONG_AGO = int((time.time() - ABANDONED_SECONDS - 60) * 1e9)
 
 def with_phase(bench, volume, phase, **changes):
     record = bench.pool().volumes.get(volume.record.id)
-    return bench.pool().volumes.replace(replace(record, phase=phase, **changes))
+    return bench.pool().volumes.replace(replace(record, phase=phase, **changes), OPEN)
 
 
 def test_nothing_is_done_where_nothing_is_left(bench):
@@ -124,8 +125,8 @@ def test_a_group_that_is_in_use_does_not_keep_the_rest_from_being_swept(bench):
     volume = bench.create("v")
     group = bench.groups.create("g", [volume.record.handle], time.monotonic() + 30).record
     snapshot = bench.snapshot("s", volume).record
-    bench.pool().groups.replace(replace(group, phase=Phase.DELETING))
-    bench.pool().snapshots.replace(replace(snapshot, phase=Phase.DELETING))
+    bench.pool().groups.replace(replace(group, phase=Phase.DELETING), OPEN)
+    bench.pool().snapshots.replace(replace(snapshot, phase=Phase.DELETING), OPEN)
     with bench.domain.sweeper._locks.hold(bench.pool(), f"group:{group.id}"):
         assert bench.sweep().deletions_completed == 1
         assert bench.pool().snapshots.get(snapshot.id) is None
