@@ -239,7 +239,9 @@ class Sweeper:
                 if (record := store.groups.get(group.id)) is not None and record.phase is group.phase:
                     self._groups.remove(store, record)
                     _count(report, group.phase)
-        for snapshot in [record for record in self._each(store, store.snapshots) if record.group_handle is None and left_over(record)]:
+        for snapshot in [
+            record for record in self._each(store, store.snapshots) if record.group_handle is None and left_over(record)
+        ]:
             with self._one(store, report), self._hold(store, snapshot.id):
                 found = store.snapshots.get(snapshot.id)
                 if found is not None and (found.phase, found.token) == (snapshot.phase, snapshot.token):

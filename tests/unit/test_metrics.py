@@ -207,7 +207,9 @@ def test_the_sweepers_results_add_up(metrics):
     assert found["tatami_sweeper_runs_total"] == {("away",): 0, ("fast",): 2}
     assert found["tatami_sweeper_last_run_seconds"] == {("away",): 0, ("fast",): 0.25}
     assert time.time() - found["tatami_sweeper_last_run_timestamp_seconds"][("fast",)] < 60
-    assert found["tatami_sweeper_last_run_timestamp_seconds"][("away",)] == 0, "a pool whose server is away hides behind no other"
+    assert found["tatami_sweeper_last_run_timestamp_seconds"][("away",)] == 0, (
+        "a pool whose server is away hides behind no other"
+    )
 
 
 def test_build_and_process_are_described(metrics):
