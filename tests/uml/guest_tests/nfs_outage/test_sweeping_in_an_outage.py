@@ -18,10 +18,11 @@ def until(condition, seconds):
 
 def test_the_trash_of_one_server_is_emptied_while_another_is_away_with_much_of_it(network, make_server):
     away, stays = make_server("away"), make_server("stays")
-    for server in (away, stays):
-        server.export(server.filesystem("xfs", name=server.name))
-    pools = [pool_of(server, f"/srv/{server.name}", server.name) for server in (away, stays)]
-    trash = {server.name: server.tree(f"/srv/{server.name}/.csi/trash") for server in (away, stays)}
+    servers = {"away": away, "stays": stays}
+    for name, server in servers.items():
+        server.export(server.filesystem("xfs", name=name))
+    pools = [pool_of(server, f"/srv/{name}", name) for name, server in servers.items()]
+    trash = {name: server.tree(f"/srv/{name}/.csi/trash") for name, server in servers.items()}
     with Cluster(network, pools, nodes=0) as cluster:
         cluster.create("first", pool="away")  # its share is mounted
         volumes = [cluster.create(f"v{number}", pool="stays") for number in range(2)]
