@@ -36,7 +36,7 @@ from csi_driver.volumes.nodes import address_towards, topology_value
 from csi_driver.volumes.pool_layout import TRASH
 from csi_driver.volumes.pool_store import PoolStore
 from csi_driver.volumes.promises import Promises
-from csi_driver.volumes.sweeper import SweepReport
+from csi_driver.volumes.sweeper import Observe, SweepReport
 
 STOP_SECONDS = 20.0
 """How long a stop waits for calls and jobs that run; Kubernetes kills after 30 (terminationGracePeriodSeconds)."""
@@ -66,10 +66,9 @@ def serve(options: ServeOptions, settings: DriverSettings) -> int:
                 metrics=metrics,
                 pools=[store.name for store in domain.pools],
             )
-            domain.sweeper.sweep_leftovers()
             # First, while there are no other threads: making the socket takes the process' umask for a moment.
             server.start()
-            domain.sweeper.start(_observer(metrics))
+            domain.sweeper.start(_observer(metrics, domain.sweeper.names))
             if options.metrics_address is not None:
                 ready, alive = _ready(domain, registration), _alive(server)
                 running.callback(serve_metrics(options.metrics_address, metrics, ready, alive).stop)
@@ -296,10 +295,13 @@ def _usage_of(store: PoolStore, promises: Promises) -> Callable[[], PoolUsage]:
     return read
 
 
-def _observer(metrics: Metrics) -> Callable[[float, SweepReport], None]:
-    def observe(seconds: float, report: SweepReport) -> None:
+def _observer(metrics: Metrics, pools: Sequence[str]) -> Observe:
+    for pool in pools:
+        metrics.sweeper_opened(pool)
+
+    def observe(pool: str, seconds: float, report: SweepReport) -> None:
         counts = dataclasses.asdict(report)
         failed = counts.pop("failed")
-        metrics.sweep_finished(seconds, counts, failed)
+        metrics.sweep_finished(pool, seconds, counts, failed)
 
     return observe

@@ -48,6 +48,7 @@ class ServedData:
         """Return the directory. Raises Unavailable where it is not there, or not known to be what the server shows."""
         if self._found() != self._proven:  # another disk was mounted there, or none is any more
             self._prove()
+        self._failure = None  # of another disk, which has gone again
         return self._data
 
     def problem(self) -> str | None:

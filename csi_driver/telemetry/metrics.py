@@ -49,7 +49,10 @@ class Metrics:
     def watch_jobs(self, read: Callable[[], JobUsage]) -> None:
         """Ask `read`, which must not wait for anything, at every scrape. Once."""
 
-    def sweep_finished(self, seconds: float, removed: Mapping[str, int], failed: int) -> None:
+    def sweeper_opened(self, pool: str) -> None:
+        """Announce that the sweeper comes by at a pool; "" are this node's own records."""
+
+    def sweep_finished(self, pool: str, seconds: float, removed: Mapping[str, int], failed: int) -> None:
         """Count a run of the sweeper: how many of each kind (`staging`, `trash`, ...) it removed, and how many it could not."""
 
     def render(self, accept: str) -> tuple[bytes, str]:  # noqa: ARG002  # nothing to choose from
@@ -78,16 +81,21 @@ class PrometheusMetrics(Metrics):
         self._rejected = prometheus.Counter(
             "tatami_lane_rejected", "Calls answered UNAVAILABLE because their lane was full.", ["lane"], registry=registry
         )
-        self._sweeps = prometheus.Counter("tatami_sweeper_runs", "Finished runs of the sweeper.", registry=registry)
+        self._sweeps = prometheus.Counter("tatami_sweeper_runs", "Finished runs of the sweeper.", ["pool"], registry=registry)
         self._swept = prometheus.Counter(
-            "tatami_sweeper_removed", "What the sweeper removed, by kind.", ["kind"], registry=registry
+            "tatami_sweeper_removed", "What the sweeper removed, by kind.", ["pool", "kind"], registry=registry
         )
         self._sweep_failures = prometheus.Counter(
-            "tatami_sweeper_failures", "What the sweeper could not remove.", registry=registry
+            "tatami_sweeper_failures", "What the sweeper could not remove.", ["pool"], registry=registry
         )
-        self._sweep_time = prometheus.Gauge("tatami_sweeper_last_run_seconds", "How long the last run took.", registry=registry)
+        self._sweep_time = prometheus.Gauge(
+            "tatami_sweeper_last_run_seconds", "How long the last run took.", ["pool"], registry=registry
+        )
         self._sweep_end = prometheus.Gauge(
-            "tatami_sweeper_last_run_timestamp_seconds", "When the last run ended; 0 before the first.", registry=registry
+            "tatami_sweeper_last_run_timestamp_seconds",
+            "When the last run ended; 0 before the first.",
+            ["pool"],
+            registry=registry,
         )
         prometheus.Gauge(
             "tatami_threads", "Threads of the process, those left with a dead server included.", registry=registry
@@ -128,13 +136,17 @@ class PrometheusMetrics(Metrics):
     def watch_jobs(self, read: Callable[[], JobUsage]) -> None:
         self._registry.register(Jobs(read))
 
-    def sweep_finished(self, seconds: float, removed: Mapping[str, int], failed: int) -> None:
+    def sweeper_opened(self, pool: str) -> None:
+        for series in (self._sweeps, self._sweep_failures, self._sweep_time, self._sweep_end):
+            series.labels(pool)  # there from the start: who has never been swept is seen, too
+
+    def sweep_finished(self, pool: str, seconds: float, removed: Mapping[str, int], failed: int) -> None:
         for kind, count in removed.items():
-            self._swept.labels(kind).inc(count)
-        self._sweep_failures.inc(failed)
-        self._sweep_time.set(seconds)
-        self._sweep_end.set_to_current_time()
-        self._sweeps.inc()
+            self._swept.labels(pool, kind).inc(count)
+        self._sweep_failures.labels(pool).inc(failed)
+        self._sweep_time.labels(pool).set(seconds)
+        self._sweep_end.labels(pool).set_to_current_time()
+        self._sweeps.labels(pool).inc()
 
     def render(self, accept: str) -> tuple[bytes, str]:
         from prometheus_client.exposition import choose_encoder

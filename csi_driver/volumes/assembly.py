@@ -6,7 +6,7 @@ Whoever serves them (main.py) and whoever tries them out builds them here, so th
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +56,8 @@ from csi_driver.volumes.volume_places import VolumePlaces
 
 _PREPARE_SECONDS = 10.0
 """How long a start waits for pools behind servers; what takes longer goes on by itself."""
+_CLOSE_SECONDS = 7.0
+"""How long a stop waits for shares to be unmounted; what is left, the next start replaces."""
 
 _log = logging.getLogger(__name__)
 
@@ -108,14 +110,14 @@ class Domain:
         self.state.remember({**known, **found})
 
     def stop(self, timeout: float) -> None:
-        """Stop jobs and the sweeper, waiting at most about `timeout` seconds; what they leave, the next start completes."""
+        """Stop jobs and the sweeper, waiting at most about `timeout` seconds, and let the pools go; what they leave, the next start completes."""
         until = time.monotonic() + timeout
         self.node_jobs.stop(0.0)  # told first, so that nobody waits for the others' end
+        self.sweeper.stop(0.0)
         self.jobs.stop(timeout)
         self.node_jobs.stop(max(0.0, until - time.monotonic()))
-        self.sweeper.stop(timeout)
-        for store in self.pools:
-            store.backend.close()
+        self.sweeper.stop(max(0.0, until - time.monotonic()))
+        _at_once("let go of", list(self.pools), lambda store: store.backend.close(), _CLOSE_SECONDS)
 
 
 def _prepare_remote(stores: Sequence[PoolStore], known: Mapping[str, str]) -> dict[str, str]:
@@ -128,21 +130,24 @@ def _prepare_remote(stores: Sequence[PoolStore], known: Mapping[str, str]) -> di
         except (TatamiError, OSError) as error:
             _log.error("a pool cannot be served yet", extra={"pool": store.name, "error": str(error)})
 
-    threads = [threading.Thread(target=prepare, args=(store,), name=f"prepare {store.name}", daemon=True) for store in stores]
-    until = time.monotonic() + _PREPARE_SECONDS
+    _at_once("prepare", stores, prepare, _PREPARE_SECONDS)
+    return dict(found)
+
+
+def _at_once(what: str, stores: Sequence[PoolStore], do: Callable[[PoolStore], None], seconds: float) -> None:
+    """Do something with pools, each in a thread of its own, and wait at most so long: a server that is away may let one wait."""
+    threads = [threading.Thread(target=do, args=(store,), name=f"{what} {store.name}", daemon=True) for store in stores]
+    until = time.monotonic() + seconds
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(max(0.0, until - time.monotonic()))
-    return dict(found)
 
 
 def assemble(installation: Installation) -> Domain:
     """Put the domain together. Nothing is touched before `Domain.prepare`."""
-    trash_filled = threading.Event()
     stores = {
-        name: PoolStore(backend, installation.driver, installation.node_id, trash_filled)
-        for name, backend in installation.backends.items()
+        name: PoolStore(backend, installation.driver, installation.node_id) for name, backend in installation.backends.items()
     }
     pools = Pools(stores, installation.default_pool)
     locks, jobs, limits, turns = KeyedLocks(), Jobs(), Limits(), Turns()
@@ -187,5 +192,5 @@ def assemble(installation: Installation) -> Domain:
     # A node alone does not sweep what lies behind a server: there the controller does.
     swept = {name: store for name, store in stores.items() if controller or not store.backend.remote}
     orphans = Orphans(node_volumes, installation.kubelet_dir, publisher.remove_inline_leftovers) if installation.node else None
-    sweeper = Sweeper(Pools(swept, None), locks, volume_removal, snapshot_removal, groups, lapses, trash_filled, orphans)
+    sweeper = Sweeper(Pools(swept, None), locks, volume_removal, snapshot_removal, groups, lapses, orphans)
     return Domain(services, pools, jobs, node_jobs, sweeper, state, verifier, promises)

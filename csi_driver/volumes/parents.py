@@ -115,7 +115,8 @@ def remove_empty_parents(store: PoolStore, locks: KeyedLocks, stale: Callable[[s
     removed = 0
     with store.open(PARENTS) as marks, store.open_root() as root:
         # The deepest first: then those above them may be empty, too.
-        for directory, inode in sorted(_marks(marks), key=lambda mark: -mark[0].count("/")):
+        for directory, inode in sorted(_marks(store, marks), key=lambda mark: -mark[0].count("/")):
+            store.require_answer()
             try:
                 found = _look(root, directory)
             except OSError as error:
@@ -160,8 +161,9 @@ def _look(root: int, directory: str) -> tuple[int, bool] | None:
         os.close(descriptor)
 
 
-def _marks(marks: int) -> Iterator[tuple[str, int]]:
+def _marks(store: PoolStore, marks: int) -> Iterator[tuple[str, int]]:
     for name in os.listdir(marks):
+        store.require_answer()
         if name.endswith(".json") and (mark := _read_mark(marks, name)) is not None:
             yield mark
 

@@ -42,9 +42,9 @@ _Record = TypeVar("_Record", VolumeRecord, SnapshotRecord, GroupRecord)
 class PoolStore:
     """One pool: its backend, its records and its control directory."""
 
-    def __init__(self, backend: PoolBackend, driver: str, node_id: str, trash_filled: threading.Event) -> None:
+    def __init__(self, backend: PoolBackend, driver: str, node_id: str) -> None:
         self.backend = backend
-        self._trash_filled = trash_filled
+        self.trash_filled = threading.Event()
         self.driver = driver
         self._glances = Impatience(_GLANCE_SECONDS, _GLANCES_AT_ONCE)
         self._control = ControlDirectory(backend, driver)
@@ -84,7 +84,12 @@ class PoolStore:
 
     def wake_reaper(self) -> None:
         """Say that there is something in the trash."""
-        self._trash_filled.set()
+        self.trash_filled.set()
+
+    def require_answer(self) -> None:
+        """Raise Unavailable where the pool is known not to answer. Nothing is asked: for loops, each step of which would wait for itself."""
+        if (problem := self.backend.problem()) is not None:
+            raise Unavailable(problem)
 
     def prepare(self, expected_identity: str | None = None) -> str:
         """Make `.csi` where there is none, check the format, and return the pool's identity.

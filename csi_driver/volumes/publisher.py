@@ -160,12 +160,12 @@ class Publisher:
             if left != known:
                 self._state.keep(left)
         if left.ephemeral:
-            self.remove_inline_leftovers()
+            self.remove_inline_leftovers(left.pool)
 
-    def remove_inline_leftovers(self) -> None:
+    def remove_inline_leftovers(self, pool: str) -> None:
         """Delete the volumes of pods that are gone. One whose server is away is left for the next time: its pod need not wait."""
         for record in list(self._state.volumes.readable()):
-            if not record.ephemeral or record.targets:
+            if record.pool != pool or not record.ephemeral or record.targets:
                 continue
             try:
                 with self._volumes.lock(record.handle):

@@ -2,18 +2,21 @@
 
 It never works on what somebody holds: each thing is taken only under the lock that its operation would hold. And it never gets in
 anybody's way: what looks left over may be in the making, so it is only touched when it looks the same a round later.
+
+Nobody waits for it: a call completes what was cut off at its own id, and is told to come back where it meets another's.
 """
 
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
-from csi_driver.backends.base import in_background
-from csi_driver.errors import OperationPending, TatamiError
+from csi_driver.errors import OperationPending, RecordDamaged, TatamiError, Unavailable
 from csi_driver.linux import files
 from csi_driver.volumes.attempts import trash_staging
 from csi_driver.volumes.groups import Groups
@@ -27,15 +30,18 @@ from csi_driver.volumes.pool_layout import GROUPS, MANIFESTS, PARENTS, SNAPSHOTS
 from csi_driver.volumes.pool_store import PoolStore
 from csi_driver.volumes.pools import Pools
 from csi_driver.volumes.reaper import Reaper
+from csi_driver.volumes.records import RecordFolder
 from csi_driver.volumes.removal import SnapshotRemoval, VolumeRemoval
+from csi_driver.volumes.rounds import Rounds
 from csi_driver.volumes.trash import Deletion, unfinished_deletions
 
 _log = logging.getLogger(__name__)
 
-INTERVAL_SECONDS = 30.0
 ABANDONED_SECONDS = 24 * 3600.0
 """After this long, a creation that was cut off and never asked for again will not be: the orchestrator has given up on it."""
 _TEMPORARY_SECONDS = 3600.0
+
+_Record = TypeVar("_Record", VolumeRecord, SnapshotRecord, GroupRecord)
 
 
 @dataclass
@@ -51,8 +57,13 @@ class SweepReport:
     failed: int = 0
 
 
+Observe = Callable[[str, float, SweepReport], None]
+"""Told of each round: of which pool it was ("": the node's own records), how many seconds it took and what it did."""
+_Step = Callable[[PoolStore, SweepReport, bool], None]
+
+
 class Sweeper:
-    """One background thread for all pools; `trash_filled` wakes it. `orphans` are those of the node, where this process serves it."""
+    """A background thread for each pool, woken by its `trash_filled`; and one for the node's `orphans`, where this process serves it."""
 
     def __init__(
         self,
@@ -62,7 +73,6 @@ class Sweeper:
         snapshots: SnapshotRemoval,
         groups: Groups,
         lapses: Lapses,
-        trash_filled: threading.Event,
         orphans: Orphans | None = None,
     ) -> None:
         self._pools = pools
@@ -72,71 +82,83 @@ class Sweeper:
         self._groups = groups
         self._lapses = lapses
         self._orphans = orphans
-        self._wake = trash_filled
         self._stop = threading.Event()
         self._reaper = Reaper(self._stop.is_set)
-        self._thread: threading.Thread | None = None
-        self._suspects: set[tuple[str, str]] = set()
+        self._rounds: list[Rounds] = []
+        self._suspects: dict[str, set[str]] = {}  # by pool, and so each thread's own
 
-    def start(self, observe: Callable[[float, SweepReport], None] = lambda _seconds, _report: None) -> None:
-        """Sweep now and from then on, until `stop`; `observe` is told of each round, how long it took (seconds) and what it did."""
-        self._thread = threading.Thread(target=self._run, args=(observe,), name="sweeper", daemon=True)
-        self._thread.start()
+    @property
+    def names(self) -> list[str]:
+        """Of what there are rounds: pools, and "" for this node's own records."""
+        return [*(store.name for store in self._pools), *([] if self._orphans is None else [""])]
+
+    def start(self, observe: Observe = lambda _pool, _seconds, _report: None) -> None:
+        """Sweep now and from then on, until `stop`."""
+        for store in self._pools:
+            work = partial(self._observed, observe, store.name, partial(self._come_by, store))
+            self._rounds.append(Rounds(f"sweeper {store.name}", work, store.trash_filled, self._stop))
+        if self._orphans is not None:
+            work = partial(self._observed, observe, "", lambda report, _: self._sweep_orphans(report, patient=True))
+            self._rounds.append(Rounds("sweeper", work, threading.Event(), self._stop))
+        for rounds in self._rounds:
+            rounds.start()
 
     def stop(self, timeout: float) -> None:
-        """End the thread, waiting at most `timeout` seconds; what it leaves is swept by the next one."""
+        """End the threads, waiting at most `timeout` seconds; what they leave is swept by the next ones."""
         self._stop.set()
-        self._wake.set()
-        if self._thread is not None:
-            self._thread.join(timeout)
+        for rounds in self._rounds:
+            rounds.end()
+        until = time.monotonic() + timeout
+        for rounds in self._rounds:
+            rounds.join(max(0.0, until - time.monotonic()))
 
-    def _run(self, observe: Callable[[float, SweepReport], None]) -> None:
-        in_background.set(True)
-        next_sweep = time.monotonic()
-        while not self._stop.is_set():
-            self._wake.clear()  # before the round: what comes into the trash from here on is seen now or in the next one
-            started = time.monotonic()
-            report = SweepReport()
-            is_due = started >= next_sweep
-            if is_due:
-                self._each_pool(self._leftovers, report, patient=True)
-                self._sweep_orphans(report, patient=True)
-                next_sweep = started + INTERVAL_SECONDS
-            self._each_pool(self._empty_trash, report, patient=True)
-            if is_due:
-                # Last: a volume from another disk is walked file by file, which may take hours.
-                self._each_pool(self._renew_limits, report, patient=True)
-            observe(time.monotonic() - started, report)
-            self._wake.wait(max(0.0, next_sweep - time.monotonic()))
+    @staticmethod
+    def _observed(observe: Observe, name: str, work: Callable[[SweepReport, bool], None], is_due: bool) -> None:
+        started, report = time.monotonic(), SweepReport()
+        work(report, is_due)
+        observe(name, time.monotonic() - started, report)
 
-    def sweep_leftovers(self) -> SweepReport:
-        """Complete and remove what a crash left, at once: for a start, before anybody is served.
-
-        Trash and lapsed limits, which take as long as there are files, are left for later.
-        """
-        report = SweepReport()
-        self._each_pool(self._leftovers, report, patient=False)
-        return report
+    def _come_by(self, store: PoolStore, report: SweepReport, is_due: bool) -> None:
+        self._sweep_pool(store, report, self._all_steps() if is_due else (self._empty_trash,), patient=True)
 
     def sweep(self) -> SweepReport:
-        """Go through all pools once, trash included, at once: for whoever wants to see the result."""
-        report = self.sweep_leftovers()
+        """Go through everything once, at once: for whoever wants to see the result."""
+        report = SweepReport()
         self._sweep_orphans(report, patient=False)
-        self._each_pool(self._empty_trash, report, patient=False)
-        self._each_pool(self._renew_limits, report, patient=False)
+        for store in self._pools:
+            self._sweep_pool(store, report, self._all_steps(), patient=False)
         return report
 
-    def _each_pool(self, step: Callable[[PoolStore, SweepReport, bool], None], report: SweepReport, *, patient: bool) -> None:
-        for store in self._pools:
-            if self._stop.is_set():
-                return
+    def _all_steps(self) -> Sequence[_Step]:
+        # The limits last: a volume from another disk is walked file by file, which may take hours.
+        return (self._leftovers, self._empty_trash, self._renew_limits)
+
+    def _sweep_pool(self, store: PoolStore, report: SweepReport, steps: Sequence[_Step], *, patient: bool) -> None:
+        for step in steps:
             if store.backend.dormant:
-                continue  # nobody has used it since it was swept last
+                return  # nobody has used it since it was swept last
             try:
                 step(store, report, patient)
             except (TatamiError, OSError) as error:
+                if self._stop.is_set():
+                    return
                 report.failed += 1
                 _log.warning("sweeping failed", extra={"pool": store.name, "error": str(error)})
+                if store.backend.problem() is not None:
+                    return  # the other steps would wait for the same
+
+    def _require_more(self, store: PoolStore) -> None:
+        """Go on only while the driver runs and the pool answers. Raises Unavailable."""
+        if self._stop.is_set():
+            raise Unavailable("the driver is shutting down")
+        store.require_answer()
+
+    def _each(self, store: PoolStore, folder: RecordFolder[_Record]) -> Iterator[_Record]:
+        """Read the records that can be read, for as long as there is anybody to read them from. Raises Unavailable, OSError."""
+        for record in folder.each():
+            self._require_more(store)
+            if not isinstance(record, RecordDamaged):
+                yield record
 
     def _sweep_orphans(self, report: SweepReport, *, patient: bool) -> None:
         if self._orphans is None:
@@ -153,15 +175,16 @@ class Sweeper:
         removed, failed = self._reaper.empty(store)
         report.trash += removed
         report.failed += failed
+        self._require_more(store)
 
     # --- leftovers ----------------------------------------------------------------------------------------------------------------
 
     def _leftovers(self, store: PoolStore, report: SweepReport, patient: bool) -> None:
-        seen: set[tuple[str, str]] = set()
+        before, seen = self._suspects.get(store.name, frozenset()), set[str]()
 
         def stale(thing: str) -> bool:
-            seen.add((store.name, thing))
-            return not patient or (store.name, thing) in self._suspects
+            seen.add(thing)
+            return not patient or thing in before
 
         self._sweep_staging(store, report, stale)
         self._complete_deletions(store, report, stale)
@@ -170,7 +193,7 @@ class Sweeper:
         for folder in (VOLUMES, SNAPSHOTS, GROUPS, PARENTS, MANIFESTS):
             with store.open(folder) as opened:
                 files.remove_leftover_temporaries(opened, _TEMPORARY_SECONDS)
-        self._suspects = {suspect for suspect in self._suspects if suspect[0] != store.name} | seen
+        self._suspects[store.name] = seen
 
     def _sweep_staging(self, store: PoolStore, report: SweepReport, stale: Callable[[str], bool]) -> None:
         """Throw away staging that nobody is building: a retry always builds anew."""
@@ -205,18 +228,20 @@ class Sweeper:
             abandoned = record.phase is Phase.CREATING and record.created_at_ns < oldest
             return (record.phase is Phase.DELETING and stale(record.token)) or abandoned
 
-        for volume in [record for record in store.volumes.readable() if left_over(record)]:
+        for volume in [record for record in self._each(store, store.volumes) if left_over(record)]:
             with self._one(store, report), self._hold(store, volume.id):
                 current = store.volumes.get(volume.id)
                 if current is not None and (current.phase, current.token) == (volume.phase, volume.token):
                     self._volumes.remove(store, current)
                     _count(report, volume.phase)
-        for group in [record for record in store.groups.readable() if left_over(record)]:
+        for group in [record for record in self._each(store, store.groups) if left_over(record)]:
             with self._one(store, report), self._locks.hold(store, f"group:{group.id}"):
                 if (record := store.groups.get(group.id)) is not None and record.phase is group.phase:
                     self._groups.remove(store, record)
                     _count(report, group.phase)
-        for snapshot in [record for record in store.snapshots.readable() if record.group_handle is None and left_over(record)]:
+        for snapshot in [
+            record for record in self._each(store, store.snapshots) if record.group_handle is None and left_over(record)
+        ]:
             with self._one(store, report), self._hold(store, snapshot.id):
                 found = store.snapshots.get(snapshot.id)
                 if found is not None and (found.phase, found.token) == (snapshot.phase, snapshot.token):
@@ -238,7 +263,11 @@ class Sweeper:
 
     @contextmanager
     def _one(self, store: PoolStore, report: SweepReport) -> Iterator[None]:
-        """Keep what happens to one thing from the next: it may be in use, then a later round finds it, or beyond our means."""
+        """Keep what happens to one thing from the next: it may be in use, then a later round finds it, or beyond our means.
+
+        Raises Unavailable, before anything is done, where there is no next one: the pool does not answer any more, or the driver stops.
+        """
+        self._require_more(store)
         try:
             yield
         except OperationPending:

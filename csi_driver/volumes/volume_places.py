@@ -11,6 +11,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import chain
 
 from csi_driver.errors import InvalidArgument, NotFound, OperationPending, RecordDamaged, quoted
 from csi_driver.linux import btrfs, files
@@ -22,6 +23,7 @@ from csi_driver.volumes.model import Phase, VolumeRecord
 from csi_driver.volumes.parents import Parents, parents_of, place_lock
 from csi_driver.volumes.pool_layout import STAGING, exists_at
 from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.trash import volumes_being_deleted
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -138,6 +140,7 @@ class VolumePlaces:
         if not exists_at(parent, name):
             return False
         if not (record.claimed and _is_empty_directory(parent, name)):
+            _require_no_deletion(store, record.directory)
             raise _exists(store, record.directory)
         if self._may_be_anothers(store, record):
             raise _exists(store, record.directory)
@@ -159,6 +162,15 @@ class VolumePlaces:
             for parent in parents_of(directory):
                 held.enter_context(self._locks.hold(store, place_lock(parent), shared=True))
             yield
+
+
+def _require_no_deletion(store: PoolStore, directory: str) -> None:
+    """Raise OperationPending where a directory is that of a volume that is on its way out: the name will be free."""
+    deleting = (record for record in store.volumes.readable() if record.phase is Phase.DELETING)
+    if any(record.directory == directory for record in chain(deleting, volumes_being_deleted(store))):
+        raise OperationPending(
+            f"directory {quoted(directory)} of pool {store.name} is that of a volume whose deletion is not complete; try again"
+        )
 
 
 def _exists(store: PoolStore, directory: str) -> InvalidArgument:

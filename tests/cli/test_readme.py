@@ -193,7 +193,7 @@ def test_each_metric_is_listed_with_its_labels():
     metrics.watch_pool("fast", lambda: PoolUsage(1, 1, 1, 1, 1, 1, 1))
     metrics.watch_jobs(lambda: JobUsage(1, 1, 1))
     metrics.call_finished("/csi.v1.Node/NodeGetInfo", "OK", 0.1)
-    metrics.sweep_finished(0.1, {"trash": 1}, 0)
+    metrics.sweep_finished("fast", 0.1, {"trash": 1}, 0)
     labels = {}
     for family in metrics._registry.collect():
         if not family.name.startswith(("process_", "python_gc_")):

@@ -196,15 +196,20 @@ def test_a_pool_that_hangs_costs_one_wait_and_one_thread_and_comes_back_with_fre
 
 
 def test_the_sweepers_results_add_up(metrics):
-    assert scrape(metrics)["tatami_sweeper_last_run_timestamp_seconds"] == {(): 0}
-    metrics.sweep_finished(0.5, {"staging": 2, "trash": 1}, failed=0)
-    metrics.sweep_finished(0.25, {"staging": 3}, failed=4)
+    for pool in ("fast", "away"):
+        metrics.sweeper_opened(pool)
+    assert scrape(metrics)["tatami_sweeper_last_run_timestamp_seconds"] == {("away",): 0, ("fast",): 0}
+    metrics.sweep_finished("fast", 0.5, {"staging": 2, "trash": 1}, failed=0)
+    metrics.sweep_finished("fast", 0.25, {"staging": 3}, failed=4)
     found = scrape(metrics)
-    assert found["tatami_sweeper_removed_total"] == {("staging",): 5, ("trash",): 1}
-    assert found["tatami_sweeper_failures_total"] == {(): 4}
-    assert found["tatami_sweeper_runs_total"] == {(): 2}
-    assert found["tatami_sweeper_last_run_seconds"] == {(): 0.25}
-    assert time.time() - found["tatami_sweeper_last_run_timestamp_seconds"][()] < 60
+    assert found["tatami_sweeper_removed_total"] == {("staging", "fast"): 5, ("trash", "fast"): 1}
+    assert found["tatami_sweeper_failures_total"] == {("away",): 0, ("fast",): 4}
+    assert found["tatami_sweeper_runs_total"] == {("away",): 0, ("fast",): 2}
+    assert found["tatami_sweeper_last_run_seconds"] == {("away",): 0, ("fast",): 0.25}
+    assert time.time() - found["tatami_sweeper_last_run_timestamp_seconds"][("fast",)] < 60
+    assert found["tatami_sweeper_last_run_timestamp_seconds"][("away",)] == 0, (
+        "a pool whose server is away hides behind no other"
+    )
 
 
 def test_build_and_process_are_described(metrics):
@@ -246,7 +251,7 @@ def test_without_metrics_everything_can_be_called_and_prometheus_is_not_imported
         "import sys\nfrom csi_driver.telemetry.metrics import Metrics, PoolUsage\n"
         "from csi_driver.telemetry.http_endpoint import serve_metrics\n"
         "metrics = Metrics()\nmetrics.lane_opened('a', 1)\nmetrics.call_rejected('a')\nmetrics.call_finished('/m', 'OK', 1.0)\n"
-        "metrics.watch_pool('p', PoolUsage)\nmetrics.sweep_finished(1.0, {'trash': 1}, 0)\n"
+        "metrics.watch_pool('p', PoolUsage)\nmetrics.sweep_finished('p', 1.0, {'trash': 1}, 0)\n"
         "with metrics.in_lane('a'):\n    assert metrics.render('')[0] == b''\n"
         "serve_metrics('127.0.0.1:0', metrics).stop()\n"
         "assert 'prometheus_client' not in sys.modules\nprint('fine')"

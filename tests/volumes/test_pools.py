@@ -18,7 +18,7 @@ DRIVER = "hostpath.csi.tatami.dev"
 
 
 def store(path, name="default", driver=DRIVER):
-    return PoolStore(HostPathBackend(HostPathPool(name, path), {}), driver, "node-1", threading.Event())
+    return PoolStore(HostPathBackend(HostPathPool(name, path), {}), driver, "node-1")
 
 
 def test_a_new_pool_gets_a_control_directory_for_root_alone_and_an_identity(tmp_path):
