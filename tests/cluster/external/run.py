@@ -14,6 +14,7 @@ from pathlib import Path
 from cluster import binaries, images
 from cluster.external import report
 from cluster.external.parts import HERE, Part, left_out
+from cluster.kubectl import Kubectl
 from cluster.layout import BINARIES, CACHE, KUBECONFIG
 from cluster.nodes import Node
 from cluster.progress import say, step
@@ -26,8 +27,9 @@ QUICK = "!Slow && !Disruptive"
 
 
 def prepare(nodes: Sequence[Node]) -> None:
-    """Build the suite and give the nodes its images under the names it asks for."""
+    """Build the suite, give the nodes its images under the names it asks for, and the API server what sets its objects right."""
     binaries.build_suite()
+    Kubectl().run("apply", "-f", str(HERE / "classes" / "group-classes.yaml"))
     with step("the suite's images onto the nodes"):
         for kind, names in _wanted_images().items():
             archive = _image(kind, names[0])
