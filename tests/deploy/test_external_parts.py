@@ -1,5 +1,7 @@
 """What Kubernetes' external-storage suite is told about each backend (tests/cluster/external/parts.py and its files)."""
 
+import re
+
 import pytest
 import yaml
 
@@ -57,6 +59,23 @@ def test_the_runners_own_fields_are_not_told_to_the_suite():
     assert left_out("hostpath")
 
 
-def test_a_backend_without_parts_is_one_run():
-    (only,) = parts("nfs")
-    assert (only.title, only.focus, only.skip) == ("nfs", "", "")
+@pytest.mark.parametrize(
+    ("spec", "run_by"),
+    [
+        ("[Testpattern: Dynamic PV (default fs)] volumes should store data", ["directories", "images"]),
+        ("[Testpattern: Dynamic PV (block volmode)] volumes should store data", ["raw block"]),
+        ("[Testpattern: Dynamic PV (block volmode)(allowExpansion)] volume-expand should resize", ["raw block"]),
+        ("[Testpattern: Dynamic PV (default fs)] capacity provides storage capacity information", ["room"]),
+    ],
+)
+def test_a_spec_is_run_by_the_parts_that_promise_what_it_needs(spec, run_by):
+    selected = [
+        part.name for part in parts("nfs") if re.search(part.focus, spec) and not (part.skip and re.search(part.skip, spec))
+    ]
+    assert selected == run_by
+
+
+def test_only_the_part_with_raw_block_promises_it_and_images_are_on_one_node():
+    claims = {part.name: part.testdriver["DriverInfo"]["Capabilities"] for part in parts("nfs")}
+    assert [name for name, claimed in claims.items() if claimed.get("block")] == ["raw block"]
+    assert [name for name, claimed in claims.items() if claimed["RWX"]] == ["directories", "room"]

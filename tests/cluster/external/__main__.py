@@ -6,6 +6,7 @@ import sys
 
 from cluster import assembly, teardown
 from cluster.external import report
+from cluster.external.leftovers import clear
 from cluster.external.parts import backends, left_out, parts
 from cluster.external.places import nodes_for, open_to_all
 from cluster.external.run import QUICK, prepare, run
@@ -30,6 +31,7 @@ def main() -> int:
         teardown.destroy()
         assembly.up()
     nodes = nodes_for(arguments.backend)
+    clear()
     prepare(nodes)
     with open_to_all(nodes):
         runs = {part.title: run(part, arguments.labels, arguments.focus, arguments.processes) for part in wanted}

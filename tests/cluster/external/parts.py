@@ -27,7 +27,7 @@ class Part:
     @property
     def title(self) -> str:
         """What it is called in tables and, with dashes, in names of files."""
-        return f"{self.backend} {self.name}".strip()
+        return f"{self.backend} {self.name}"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def backends() -> list[str]:
 def parts(backend: str) -> list[Part]:
     """Return the runs of a backend, in their order."""
     described = _read(backend)
-    changes = described.pop("Parts", [{"Name": ""}])
+    changes = described.pop("Parts")
     described.pop("LeftOut", None)
     found = []
     for change in changes:

@@ -14,6 +14,7 @@ from pathlib import Path
 from cluster import binaries, images
 from cluster.external import report
 from cluster.external.parts import HERE, Part, left_out
+from cluster.kubectl import Kubectl
 from cluster.layout import BINARIES, CACHE, KUBECONFIG
 from cluster.nodes import Node
 from cluster.progress import say, step
@@ -26,8 +27,9 @@ QUICK = "!Slow && !Disruptive"
 
 
 def prepare(nodes: Sequence[Node]) -> None:
-    """Build the suite and give the nodes its images under the names it asks for."""
+    """Build the suite, give the nodes its images under the names it asks for, and the API server what sets its objects right."""
     binaries.build_suite()
+    Kubectl().run("apply", "-f", str(HERE / "classes" / "group-classes.yaml"))
     with step("the suite's images onto the nodes"):
         for kind, names in _wanted_images().items():
             archive = _image(kind, names[0])
@@ -54,10 +56,22 @@ def run(part: Part, labels: str, focus: str, processes: int) -> report.Run:
         f"--kubeconfig={KUBECONFIG}", "--provider=local", "--allowed-not-ready-nodes=-1", f"--repo-root={HERE}", f"-storage.testdriver={testdriver}",
     ]  # fmt: skip
     with step(f"the suite for {part.title}, said at length in {log}"), log.open("w") as stream, _watched(log):
-        subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, check=False, cwd=OUTPUT)
+        _follow(subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=OUTPUT))
     if not result.exists():
         raise RuntimeError("the suite did not get far:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-30:]))
     return report.read(result)
+
+
+def _follow(suite: subprocess.Popen[bytes]) -> None:
+    """Wait until the suite has ended. At Ctrl-C, which it hears too, it removes what its specs have made; at the second it is killed."""
+    try:
+        suite.wait()
+    except KeyboardInterrupt:
+        say("interrupted: the suite removes what its specs have made (once more: at once, and the next run removes it)")
+        suite.wait()
+        raise
+    finally:
+        suite.kill()
 
 
 def _wanted_images() -> dict[str, list[str]]:
