@@ -180,7 +180,8 @@ class Sweeper:
     # --- leftovers ----------------------------------------------------------------------------------------------------------------
 
     def _leftovers(self, store: PoolStore, report: SweepReport, patient: bool) -> None:
-        before, seen = self._suspects.get(store.name, frozenset()), set[str]()
+        before: set[str] = self._suspects.get(store.name, set())
+        seen: set[str] = set()
 
         def stale(thing: str) -> bool:
             seen.add(thing)
