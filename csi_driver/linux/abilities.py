@@ -10,7 +10,7 @@ from typing import Literal
 
 from csi_driver.linux import btrfs
 from csi_driver.linux.contents import FICLONE
-from csi_driver.linux.trees import remove_tree
+from csi_driver.linux.tree_removal import remove_tree
 
 PROBE_PREFIX = "probe."
 _BLOCK = bytes(range(256)) * 256

@@ -52,8 +52,9 @@ def flush(mounted: Path, seconds: float) -> None:
 
 
 def measure(mounted: Path, seconds: float) -> Measured:
-    """Count what the mounted volume holds. Raises Unavailable where its server does not answer, OSError."""
-    return Measured(**_ask("measure", mounted, str(max(0.0, seconds - 2.0)), seconds=seconds))
+    """Count what the mounted volume holds. Raises Unavailable where its server does not answer or falls silent, OSError."""
+    watch = _Watch(lambda _counted: False)
+    return Measured(**_ask("measure", mounted, str(max(0.0, seconds - 2.0)), seconds=seconds, watch=watch))
 
 
 def change_group(mounted: Path, gid: int, seconds: float, should_stop: Callable[[int], bool]) -> int:
@@ -61,18 +62,23 @@ def change_group(mounted: Path, gid: int, seconds: float, should_stop: Callable[
 
     `should_stop` is told how many were done so far, again and again. Raises Unavailable where the server falls silent, OSError.
     """
-    last, since = b"", time.monotonic()
+    return int(_ask("change_group", mounted, str(gid), seconds=seconds, watch=_Watch(should_stop))["entries"])
 
-    def watch(printed: bytes) -> bool:
-        nonlocal last, since
-        if printed != last:
-            last, since = printed, time.monotonic()
+
+class _Watch:
+    """Follows how far a child is, and says True for it to be killed: when it falls silent, or `should_stop` says so."""
+
+    def __init__(self, should_stop: Callable[[int], bool]) -> None:
+        self._should_stop = should_stop
+        self._last = b""
+        self._since = time.monotonic()
+
+    def __call__(self, printed: bytes) -> bool:
+        if printed != self._last:
+            self._last, self._since = printed, time.monotonic()
         counted = printed[: printed.rfind(b"\n") + 1].split()
-        return should_stop(int(counted[-1]) if counted and counted[-1].isdigit() else 0) or (
-            time.monotonic() - since > _SILENCE_SECONDS
-        )
-
-    return int(_ask("change_group", mounted, str(gid), seconds=seconds, watch=watch)["entries"])
+        done = int(counted[-1]) if counted and counted[-1].isdigit() else 0
+        return self._should_stop(done) or time.monotonic() - self._since > _SILENCE_SECONDS
 
 
 def _ask(
@@ -87,6 +93,24 @@ def _ask(
 def main(operation: str, mounted: str, *arguments: str) -> None:
     """Do one operation and print its answer."""
     children.answer(_OPERATIONS, operation, mounted, *arguments)
+
+
+class _Told:
+    """Prints how far it is, now and then, for `_Watch`."""
+
+    def __init__(self) -> None:
+        self._done = 0
+        self._said = time.monotonic()
+
+    def one_more(self) -> None:
+        self.at(self._done + 1)
+
+    def at(self, done: int) -> bool:
+        self._done = done
+        if time.monotonic() - self._said > _PROGRESS_SECONDS:
+            self._said = time.monotonic()
+            print(done, flush=True)  # noqa: T201  # a program's answer
+        return False
 
 
 def _look(mounted: str) -> dict[str, Any]:
@@ -109,7 +133,7 @@ def _flush(mounted: str) -> dict[str, Any]:
 def _measure(mounted: str, seconds: str) -> dict[str, Any]:
     top = _opened(mounted)
     room = os.fstatvfs(top)
-    used = measure_tree(top, deadline=time.monotonic() + float(seconds))
+    used = measure_tree(top, deadline=time.monotonic() + float(seconds), on_entry=_Told().one_more)
     return asdict(
         Measured(
             used_bytes=used.bytes,
@@ -124,16 +148,7 @@ def _measure(mounted: str, seconds: str) -> dict[str, Any]:
 
 
 def _change_group(mounted: str, gid: str) -> dict[str, Any]:
-    said = time.monotonic()
-
-    def on_entry(done: int) -> bool:
-        nonlocal said
-        if time.monotonic() - said > _PROGRESS_SECONDS:
-            said = time.monotonic()
-            print(done, flush=True)  # noqa: T201  # for `watch`
-        return False
-
-    return {"entries": give_to_group(_opened(mounted), int(gid), on_entry)}
+    return {"entries": give_to_group(_opened(mounted), int(gid), _Told().at)}
 
 
 def _opened(mounted: str) -> int:

@@ -1,7 +1,11 @@
-"""Measuring and removing whole trees, whatever their owner left in them or does to them meanwhile.
+"""Measuring whole trees, whatever their owner left in them or does to them meanwhile.
 
 Never leaves the tree: no symlink is followed and no mount is entered, not even a bind mount of the same filesystem. An entry that
 vanishes or becomes something else is taken as it is found.
+
+A file of several names counts once, as du(1) has it: by the first one met. So those of which other names are still to come are kept in
+mind, and a tenant decides how many they are; memory is everybody's. What finds no room counts by its share with each of its names, which is
+the same in the end where all of them lie in the tree. Whether they do, those tell for which there was room.
 """
 
 import errno
@@ -11,24 +15,24 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from csi_driver.errors import FailedPrecondition
-from csi_driver.linux import beneath, btrfs
-from csi_driver.linux.hard_links import MOST_OPEN
-from csi_driver.linux.inode_flags import clear_holding_flags
-from csi_driver.linux.system_calls import InodeReader, magic_link
-from csi_driver.linux.walk import Walk, WalkStopped
+from csi_driver.linux import beneath
+from csi_driver.linux.system_calls import InodeReader, InodeStatus
+from csi_driver.linux.walk import Walk
 
+MOST_OPEN = 20_000
+"""Inodes of which some names were met and others not, that are kept in mind; some 6 MB."""
+_STRAYS = 0.01
+"""How many of them may lack a name in the end, as a part of MOST_OPEN: names come and go while a tree is walked."""
 _BLOCK_BYTES = 512  # of st_blocks and stx_blocks, on any filesystem (stat(3type))
 _MAY_BE_DIRECTORY = frozenset({0, 4})  # DT_UNKNOWN, DT_DIR
-_REFILLED_LIMIT = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class TreeUsage:
     """What a tree takes, as du(1) counts: allocated bytes, each inode once, the top included.
 
-    `complete` is False when the deadline cut the count short, a part could not be read, or more files with several names than memory
-    is kept for were met; the numbers are then a floor.
+    `complete` is False when the deadline cut the count short, a part could not be read, or files with several names, more than are kept
+    in mind, have some of them elsewhere; the numbers are then a floor.
     """
 
     bytes: int
@@ -36,21 +40,22 @@ class TreeUsage:
     complete: bool
 
 
-def measure_tree(directory_fd: int, *, deadline: float, most_open: int = MOST_OPEN) -> TreeUsage:
-    """Count what the tree takes until `deadline` (time.monotonic(), seconds).
+def measure_tree(
+    directory_fd: int, *, deadline: float, most_open: int = MOST_OPEN, on_entry: Callable[[], None] = lambda: None
+) -> TreeUsage:
+    """Count what the tree takes until `deadline` (time.monotonic(), seconds); `on_entry` is called at each step.
 
-    Raises OSError only for the top itself. Memory grows with the number of inodes of which some names were met and others not, up to
-    `most_open` of them; the rest are not counted.
+    Raises OSError only for the top itself. Memory is the walk's and that of `most_open` inodes, whatever is in the tree.
     """
     with beneath.opened_again(directory_fd) as start, Walk(start) as walk:
         count = _Count(start, most_open)
         while time.monotonic() <= deadline:
+            on_entry()
             try:
                 if not _next_step(walk, count):
                     return count.usage()
             except OSError:  # the directory itself is unreadable (EIO), or was moved away from under a deep walk
-                count.complete = False
-                return count.usage()
+                break
         count.complete = False
         return count.usage()
 
@@ -68,16 +73,6 @@ def _next_step(walk: Walk, count: "_Count") -> bool:
     return True
 
 
-def remove_tree(parent_fd: int, name: str | bytes, *, should_stop: Callable[[], bool] | None = None) -> None:
-    """Remove the entry `name` and all below it; one that is not there is done already.
-
-    Modes, immutable and append-only flags and read-only btrfs subvolumes inside do not stop it. Raises FailedPrecondition when
-    something is mounted in there (all else is removed; what is mounted is not touched), WalkStopped when `should_stop` said so,
-    and OSError for the rest (EIO, EROFS, EAGAIN for write leases on immutable files, EPERM without the right to clear a flag, ENOTEMPTY when others fill it as fast).
-    """
-    _Removal(parent_fd, os.fsencode(name), should_stop or _never).run()
-
-
 def apply_owner_and_mode(directory_fd: int, uid: int | None, gid: int | None, mode: int | None) -> None:
     """Set owner, group and mode (12 bits) of this one directory; None leaves that one alone. Raises OSError."""
     if uid is not None or gid is not None:
@@ -92,13 +87,16 @@ class _Count:
         self._reader = InodeReader()
         top = self._reader.read(top_fd)
         self._mount = top.mount
-        self._blocks = top.blocks
-        self._inodes = 1
+        self._blocks = float(top.blocks)
+        self._inodes = 1.0
         self._names_left: dict[tuple[int, tuple[int, int]], int] = {}
+        self._is_full = False
+        """Once it has been, for whoever found no room then must count by shares to the end."""
         self.complete = True
 
     def usage(self) -> TreeUsage:
-        return TreeUsage(self._blocks * _BLOCK_BYTES, self._inodes, self.complete)
+        elsewhere = self._is_full and len(self._names_left) > self._most_open * _STRAYS
+        return TreeUsage(round(self._blocks) * _BLOCK_BYTES, round(self._inodes), self.complete and not elsewhere)
 
     def add(self, directory_fd: int, name: bytes, *, may_be_directory: bool) -> int | None:
         """Count the entry; return a descriptor of it when it is a directory to go down into."""
@@ -116,159 +114,26 @@ class _Count:
             return None
         if child is None and status.mount != self._mount:
             return None
-        if (
-            status.links > 1
-            and not stat.S_ISDIR(status.mode)
-            and not self._is_first((status.inode, status.device), status.links)
-        ):
-            return child
-        self._blocks += status.blocks
-        self._inodes += 1
+        share = self._share(status) if status.links > 1 and not stat.S_ISDIR(status.mode) else 1
+        self._blocks += status.blocks * share
+        self._inodes += share
         return child
 
-    def _is_first(self, inode: tuple[int, tuple[int, int]], names: int) -> bool:
-        """Tell whether an inode with several names is to be counted by this one; it is forgotten once all were met."""
-        left = self._names_left.pop(inode, None)
-        if left is None and len(self._names_left) >= self._most_open:
-            self.complete = False
-            return False
-        if (left or names) > 1:
-            self._names_left[inode] = (left or names) - 1
-        return left is None
-
-
-class _Removal:
-    def __init__(self, parent_fd: int, name: bytes, should_stop: Callable[[], bool]) -> None:
-        self._parent_fd = parent_fd
-        self._name = name
-        self._should_stop = should_stop
-        self._mounted: list[bytes] = []
-        self._refilled = 0
-        self._patience = beneath.Patience()
-
-    def run(self) -> None:
-        with beneath.opened_again(self._parent_fd) as start, Walk(start) as walk:
-            self._take(walk, self._name, may_be_directory=True)
-            while walk.depth > 0:
-                for name, kind, _ in walk.entries():
-                    if self._should_stop():
-                        raise WalkStopped("the removal was stopped")
-                    if self._take(walk, name, may_be_directory=kind in _MAY_BE_DIRECTORY):
-                        break
-                else:
-                    self._leave(walk)
-        if self._mounted:
-            shown = ", ".join(repr(os.fsdecode(name)) for name in self._mounted[:3])
-            raise FailedPrecondition(
-                f"{os.fsdecode(self._name)} cannot be removed whole: {len(self._mounted)} mounted below it ({shown}); unmount first"
-            )
-
-    def _take(self, walk: Walk, name: bytes, *, may_be_directory: bool) -> bool:
-        """Remove the entry, or go down into it and return True."""
-        directory = walk.descriptor
-        for _ in range(_REFILLED_LIMIT):  # it may change between file and directory under us
-            try:
-                if may_be_directory:
-                    child = self._open(directory, name)
-                    if self._destroy_subvolume(directory, name, child):
-                        return False
-                    walk.enter(name, child)
-                    return True
-                self._persist(walk, name, os.unlink)
-            except FileNotFoundError:
-                return False
-            except IsADirectoryError:
-                may_be_directory = True
-            except OSError as error:
-                if error.errno in {errno.EXDEV, errno.EBUSY}:
-                    self._mounted.append(name)
-                    return False
-                if not may_be_directory or error.errno not in beneath.GONE:
-                    raise
-                may_be_directory = False
-            else:
-                return False
-        raise OSError(errno.EBUSY, "keeps changing", name)
-
-    def _leave(self, walk: Walk) -> None:
-        name = walk.leave()
-        try:
-            self._persist(walk, name, os.rmdir)
-        except FileNotFoundError:
-            pass
-        except NotADirectoryError:
-            self._take(walk, name, may_be_directory=False)
-        except OSError as error:
-            if error.errno == errno.EBUSY:
-                self._mounted.append(name)
-            elif error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
-                raise
-            elif not self._mounted:
-                # Entries came after the reading had passed them, or the filesystem skips some while others are removed.
-                self._refilled += 1
-                if self._refilled > _REFILLED_LIMIT:
-                    raise
-                self._take(walk, name, may_be_directory=True)
-
-    def _destroy_subvolume(self, directory_fd: int, name: bytes, child: int) -> bool:
-        """Remove a btrfs subvolume in one step, whatever is in it; True where it is gone and `child` closed."""
-        if not btrfs.is_subvolume(child):
-            return False
-        btrfs.set_read_only(child, read_only=False)
-        try:
-            btrfs.destroy(directory_fd, name)
-        except OSError as error:
-            # Others lie in it, which go first, or the right is lacking: it is taken apart, and rmdir(2) ends it (Linux 4.18).
-            if error.errno not in btrfs.NOT_HERE | {errno.ENOTEMPTY}:
-                os.close(child)
-                raise
-            return False
-        os.close(child)
-        return True
-
-    def _open(self, directory_fd: int, name: bytes) -> int:
-        try:
-            return beneath.open_directory(directory_fd, name)
-        except PermissionError:
-            # Without CAP_DAC_OVERRIDE (a user namespace, a squashed NFS root) the mode holds us off: it is ours to change.
-            pinned = beneath.pin(directory_fd, name)
-            try:
-                if stat.S_ISDIR(os.fstat(pinned).st_mode):
-                    os.chmod(magic_link(pinned), 0o700)  # noqa: PTH101 - a descriptor's link, no path
-                return beneath.open_pinned(pinned, os.O_RDONLY | os.O_DIRECTORY)
-            finally:
-                os.close(pinned)
-
-    def _persist(self, walk: Walk, name: bytes, step: Callable[..., None]) -> None:
-        """Do the step (unlink or rmdir) and, where flags or modes forbid it, clear them and do it again."""
-        directory = walk.descriptor
-        try:
-            step(name, dir_fd=directory)
-        except PermissionError as error:
-            inside = walk.depth > 0  # the parent that the caller gave is not ours to change
-            if error.errno == errno.EPERM:
-                of_directory = inside and clear_holding_flags(directory)
-                if not self._clear_flags_of(directory, name) and not of_directory:
-                    raise
-            elif inside:
-                os.fchmod(directory, 0o700)
-            else:
-                raise
-            step(name, dir_fd=directory)
-
-    def _clear_flags_of(self, directory_fd: int, name: bytes) -> bool:
-        pinned = beneath.pin(directory_fd, name)
-        try:
-            mode = os.fstat(pinned).st_mode
-            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # no others carry flags, and opening a device does things
-                return False
-            opened = beneath.open_pinned(pinned, os.O_RDONLY, self._should_stop, self._patience)
-        finally:
-            os.close(pinned)
-        try:
-            return clear_holding_flags(opened)
-        finally:
-            os.close(opened)
+    def _share(self, status: InodeStatus) -> float:
+        """Say how much of an inode with several names this one stands for; it is forgotten once all were met."""
+        inode = status.inode, status.device
+        left = self._names_left.get(inode)
+        if left is None:
+            self._is_full = self._is_full or len(self._names_left) >= self._most_open
+            if self._is_full:
+                return 1 / status.links
+            self._names_left[inode] = status.links - 1
+            return 1
+        if left > 1:
+            self._names_left[inode] = left - 1
+        else:
+            del self._names_left[inode]
+        return 0
 
 
 def _directory_or_none(directory_fd: int, name: bytes) -> int | None:
@@ -278,7 +143,3 @@ def _directory_or_none(directory_fd: int, name: bytes) -> int | None:
         if error.errno in beneath.GONE:
             return None
         raise
-
-
-def _never() -> bool:
-    return False

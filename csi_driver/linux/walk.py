@@ -54,6 +54,10 @@ class Walk:
         """How far below the top; 0 at the top."""
         return len(self._levels) - 1
 
+    def path_of(self, name: bytes) -> bytes:
+        """Say where the current directory's entry `name` lies, for people: from the top down, of any length."""
+        return b"/".join([*(level.name for level in self._levels[1:]), name])
+
     def entries(self) -> Iterator[DirectoryEntry]:
         """Yield the current directory's entries that were not yielded yet. Begin anew after each `enter` and `leave`."""
         level = self._levels[-1]

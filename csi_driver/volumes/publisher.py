@@ -8,7 +8,15 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from csi_driver.errors import AlreadyExists, FailedPrecondition, InvalidArgument, OperationPending, Unavailable, quoted
+from csi_driver.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    OperationPending,
+    TatamiError,
+    Unavailable,
+    quoted,
+)
 from csi_driver.linux.mountinfo import topmost_mount_at
 from csi_driver.volumes.handles import parse_handle
 from csi_driver.volumes.inline import InlineVolumes, is_inline
@@ -142,7 +150,8 @@ class Publisher:
     def unpublish(self, handle: str, target_path: str) -> None:
         """Take the volume away from a target path and remove the path; what is not published is unpublished already.
 
-        Raises FailedPrecondition where something foreign is mounted. Files in an unmounted target are left as they are.
+        Raises FailedPrecondition where something foreign is mounted. Files in an unmounted target are left as they are. An inline volume
+        that cannot be deleted keeps no pod: this node remembers it, and the sweeper tries again.
         """
         target = self._volumes.places.check("target_path", target_path)
         with self._volumes.lock(handle):
@@ -163,20 +172,25 @@ class Publisher:
             self.remove_inline_leftovers(left.pool)
 
     def remove_inline_leftovers(self, pool: str) -> None:
-        """Delete the volumes of pods that are gone. One whose server is away is left for the next time: its pod need not wait."""
+        """Delete the volumes of pods that are gone. One that cannot be deleted is kept in mind for the next time: no pod need wait."""
+        store = self._pools.find(pool)
+        if store is None:
+            return  # taken out of pools.toml, and back some day
         for record in list(self._state.volumes.readable()):
             if record.pool != pool or not record.ephemeral or record.targets:
                 continue
             try:
-                with self._volumes.lock(record.handle):
-                    current = self._state.get(record.handle)
-                    if current is not None and current.ephemeral and not current.targets:
-                        self._inline.delete(record.handle, record.pool)
-                        self._state.volumes.remove(record.id)
+                self._remove_inline(record)
             except OperationPending:
                 continue  # it is just being made, or deleted by another
-            except (Unavailable, OSError) as error:
-                store = self._pools.find(record.pool)
-                if store is not None and not store.backend.remote:
-                    raise
+            except (TatamiError, OSError) as error:
                 _log.warning("an inline volume cannot be deleted yet", extra={"volume": record.handle, "error": str(error)})
+                if store.backend.remote and isinstance(error, (Unavailable, OSError)):
+                    return  # the others would take as long
+
+    def _remove_inline(self, record: NodeVolumeRecord) -> None:
+        with self._volumes.lock(record.handle):
+            current = self._state.get(record.handle)
+            if current is not None and current.ephemeral and not current.targets:
+                self._inline.delete(record.handle, record.pool)
+                self._state.volumes.remove(record.id)

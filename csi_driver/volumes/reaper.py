@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 
 from csi_driver.errors import TatamiError
-from csi_driver.linux.trees import remove_tree
+from csi_driver.linux.tree_removal import remove_tree
 from csi_driver.linux.walk import WalkStopped
 from csi_driver.volumes.pool_layout import TRASH
 from csi_driver.volumes.pool_store import PoolStore

@@ -58,7 +58,7 @@ class _Line:
 
 
 class Turns:
-    """One line for each pool. One for the whole process."""
+    """One line for each pool, or whatever else `take` is told to be one; one object for all who shall wait for each other."""
 
     def __init__(self, at_once: int = COPIES_AT_ONCE) -> None:
         self._at_once = at_once
@@ -67,7 +67,8 @@ class Turns:
 
     @contextmanager
     def take(self, pool: str, origin: str, job: JobControl) -> Iterator[None]:
-        """Wait until it is this job's turn, and keep it until the context ends; `origin` is the volume that the content comes from.
+        """Wait until it is this job's turn, and keep it until the context ends; `origin` is whatever has one turn in a round: of copies,
+        the volume that the content comes from.
 
         Raises JobCancelled.
         """

@@ -3,6 +3,10 @@
 Where no quota counts for us the tree is walked. That can outlast a call: the count goes on as a job, and its result is good for a while,
 so that the kubelet's minute-by-minute question does not walk a million files each time. Whoever asks meanwhile is told the count of
 before, which is soon enough and true of its time; only where there is none is he told to come back. `VolumeStats` says what it is.
+
+A walk takes memory, on NFS a process, and how many volumes there are to be counted is up to tenants: so walks take turns, for all pools
+together. Most are short, and must not wait for those that are not: whoever is not done after ten seconds gives its turn back, and begins
+anew in another line. In both each pool has a turn in a round, so that none waits for all that another server does not answer.
 """
 
 import logging
@@ -17,12 +21,16 @@ from csi_driver.linux.trees import measure_tree
 from csi_driver.volumes.answers import Usage, UsageSource, VolumeStats
 from csi_driver.volumes.jobs import REPLY_MARGIN_SECONDS, JobControl, Jobs
 from csi_driver.volumes.pool_store import PoolStore
+from csi_driver.volumes.turns import Turns
 
 _log = logging.getLogger(__name__)
 
 _FRESH_FACTOR = 20
 """A count is good for twenty times as long as it took: a small volume is counted each time, and no volume keeps a core busy."""
+_SHORT_COUNT_SECONDS = 10.0
 _LONGEST_COUNT_SECONDS = 3600.0
+_SHORT_AT_ONCE = 3
+_LONG_AT_ONCE = 1
 _OLDEST_SECONDS = 3600.0
 """For how long beyond its time a count is better than none, while a new one is made."""
 _PATIENCE_SECONDS = 2.0
@@ -42,8 +50,14 @@ class UsageCounter:
 
     def __init__(self, jobs: Jobs) -> None:
         self._jobs = jobs
+        self._lines = (
+            (Turns(_SHORT_AT_ONCE), _SHORT_COUNT_SECONDS),
+            (Turns(_LONG_AT_ONCE), _LONGEST_COUNT_SECONDS),
+        )
         self._guard = threading.Lock()
         self._counts: dict[tuple[str, str], _Count] = {}
+        self._given_up: dict[tuple[str, str], float] = {}
+        """Until when (monotonic seconds) it is not tried again to count what cannot be counted."""
 
     def stats(
         self, store: PoolStore, directory: str, capacity_bytes: int | None, deadline: float, mounted: Path
@@ -74,9 +88,14 @@ class UsageCounter:
         now = time.monotonic()
         with self._guard:
             known = self._counts.get(key)
+            given_up = self._given_up.get(key, now) > now
         if known is not None and known.until > now:
             return known
         lately = known is not None and now - known.until < _OLDEST_SECONDS
+        if given_up:
+            if known is None or not lately:
+                raise _uncountable(store, directory)
+            return known
         if lately:
             deadline = min(deadline, now + _PATIENCE_SECONDS + REPLY_MARGIN_SECONDS)
         try:
@@ -90,19 +109,34 @@ class UsageCounter:
             return known
 
     def _walk(self, store: PoolStore, directory: str, job: JobControl, mounted: Path) -> _Count:
-        used, space = _measure(store, directory, job.started + _LONGEST_COUNT_SECONDS, mounted)
-        if not used.complete:
-            raise DeadlineExceeded(
-                f"{directory} of pool {store.name} could not be counted completely: part of it cannot be read, or it is too large"
-            )
-        now = time.monotonic()
+        for turns, seconds in self._lines:
+            with turns.take("all pools", store.name, job):
+                used, space = _measure(store, directory, job.started + seconds, mounted)
+            took = time.monotonic() - job.started
+            if used.complete:
+                return self._keep((store.name, directory), used, space, job.started)
+            if took < seconds / 2:  # it was not cut short
+                break
         with self._guard:
-            for key in [key for key, count in self._counts.items() if count.until + _OLDEST_SECONDS < now]:
-                del self._counts[key]
-            count = self._counts[store.name, directory] = _Count(
-                used, space, job.started, now + (now - job.started) * _FRESH_FACTOR
-            )
+            self._given_up[store.name, directory] = time.monotonic() + took * _FRESH_FACTOR
+        raise _uncountable(store, directory)
+
+    def _keep(self, key: tuple[str, str], used: Used, space: Space | None, began: float) -> _Count:
+        now = time.monotonic()
+        count = _Count(used, space, began, now + (now - began) * _FRESH_FACTOR)
+        with self._guard:
+            for old in [old for old, known in self._counts.items() if known.until + _OLDEST_SECONDS < now]:
+                del self._counts[old]
+            for old in [old for old, until in self._given_up.items() if until < now]:
+                del self._given_up[old]
+            self._counts[key] = count
         return count
+
+
+def _uncountable(store: PoolStore, directory: str) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"{directory} of pool {store.name} could not be counted completely: part of it cannot be read, or it is too large"
+    )
 
 
 def _measure(store: PoolStore, directory: str, deadline: float, mounted: Path) -> tuple[Used, Space | None]:

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import pytest
 
 from csi_driver.errors import FailedPrecondition
-from csi_driver.linux import beneath, copies, inode_flags, trees
+from csi_driver.linux import beneath, copies, inode_flags, tree_removal, trees
 from csi_driver.linux.carriers import Carrier, Folder, Shared
 from csi_driver.linux.contents import METHODS
 from csi_driver.linux.hard_links import HardLinks, Place
@@ -57,7 +57,7 @@ def copy(source, target, **keywords):
 
 def remove(path):
     parent = open_directory(path.parent)
-    trees.remove_tree(parent, path.name)
+    tree_removal.remove_tree(parent, path.name)
     os.close(parent)
 
 
@@ -527,12 +527,12 @@ def test_a_mount_point_in_the_source_is_left_out_and_counted(plain_room):
 AROUND_A_DEAD_SERVER = """
 import os, sys, time
 from csi_driver.errors import FailedPrecondition
-from csi_driver.linux import copies, trees
+from csi_driver.linux import copies, tree_removal, trees
 source, target, parent = (os.open(path, os.O_RDONLY | os.O_DIRECTORY) for path in sys.argv[1:])
 assert trees.measure_tree(source, deadline=time.monotonic() + 20).complete
 assert copies.copy_tree(source, target).not_carried == {"mount point": 1}
 try:
-    trees.remove_tree(parent, os.path.basename(sys.argv[1]))
+    tree_removal.remove_tree(parent, os.path.basename(sys.argv[1]))
 except FailedPrecondition as error:
     assert "mounted" in str(error)
 else:
@@ -915,7 +915,7 @@ def test_removing_and_measuring_a_tree_that_a_tenant_swaps_touches_nothing_outsi
             measured += usage.inodes
             os.close(descriptor)
         try:
-            trees.remove_tree(parent, "tree")
+            tree_removal.remove_tree(parent, "tree")
             removed += 1
         except OSError as error:
             if error.errno != errno.ENOTEMPTY:  # the tenant may fill it as fast

@@ -11,7 +11,7 @@ import tracemalloc
 import pytest
 
 from csi_driver.errors import FailedPrecondition
-from csi_driver.linux import inode_flags, trees
+from csi_driver.linux import inode_flags, tree_removal, trees
 from csi_driver.linux.walk import Walk, WalkStopped
 
 
@@ -125,23 +125,52 @@ def test_a_walk_whose_way_back_was_moved_says_so(room):
 # --- measuring ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_hard_links_beyond_what_memory_is_kept_for_leave_a_floor(tmp_path):
-    tree = tmp_path / "linked"
-    for folder in ("one", "two"):
-        (tree / folder).mkdir(parents=True)
-    for number in range(20):
-        (tree / "one" / str(number)).write_bytes(b"x" * 4096)
-        os.link(tree / "one" / str(number), tree / "two" / str(number))
-    descriptor = os.open(tree, os.O_RDONLY | os.O_DIRECTORY)
+def measure_with_room_for(tree, most_open):
+    descriptor = open_directory(tree)
     try:
-        whole, exact, floor = (trees.measure_tree(descriptor, deadline=soon(), most_open=most) for most in (200, 20, 19))
+        return trees.measure_tree(descriptor, deadline=soon(), most_open=most_open)
     finally:
         os.close(descriptor)
-    assert (whole.inodes, whole.complete) == (23, True)
-    assert exact == whole
+
+
+def link_files(tree, count, *folders):
+    """Make files, each with a name in every folder."""
+    for folder in folders:
+        folder.mkdir(parents=True)
+    for number in range(count):
+        (folders[0] / str(number)).write_bytes(bytes(4096))
+        for folder in folders[1:]:
+            os.link(folders[0] / str(number), folder / str(number))
+    return tree
+
+
+@pytest.mark.parametrize("most_open", [0, 1, 19, 20])
+def test_hard_links_count_once_however_few_are_kept_in_mind(tmp_path, most_open):
+    tree = link_files(tmp_path / "linked", 20, *(tmp_path / "linked" / name for name in ("one", "two", "three")))
+    usage = measure_with_room_for(tree, most_open)
+    assert (usage.bytes, usage.inodes) == du(tree)
+    assert usage.complete
+
+
+def test_hard_links_into_other_trees_count_whole_or_the_count_is_a_floor(tmp_path):
+    tree = link_files(tmp_path / "linked", 20, tmp_path / "linked" / "here", tmp_path / "there")
+    exact, floor = measure_with_room_for(tree, 20), measure_with_room_for(tree, 19)
+    assert (exact.bytes, exact.inodes, exact.complete) == (*du(tree), True)
     assert not floor.complete
-    assert 22 <= floor.inodes <= whole.inodes  # its other name may have come when there was room again
-    assert floor.bytes <= whole.bytes
+    assert floor.inodes <= exact.inodes
+
+
+def test_hard_links_of_which_no_other_name_was_met_take_no_more_memory_than_is_kept_for_them(tmp_path):
+    tree = link_files(tmp_path / "linked", 3000, tmp_path / "linked" / "one", tmp_path / "linked" / "two")
+    peaks = []
+    for most_open in (100, 3000):
+        tracemalloc.start()
+        try:
+            assert measure_with_room_for(tree, most_open).inodes == 3003
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert peaks[1] - peaks[0] > 2000 * 100
 
 
 def test_measures_as_du_does(room):
@@ -200,10 +229,10 @@ def test_a_removed_tree_leaves_what_its_symlinks_point_at(room):
     (tree / "sub" / "out").symlink_to(outside)
     (tree / "sub" / "out-file").symlink_to(outside / "again")
     before = du(outside)
-    trees.remove_tree(descriptor, "tree")
+    tree_removal.remove_tree(descriptor, "tree")
     assert not tree.exists()
     assert du(outside) == before
-    trees.remove_tree(descriptor, "tree")  # a second time there is nothing to do
+    tree_removal.remove_tree(descriptor, "tree")  # a second time there is nothing to do
 
 
 @pytest.mark.parametrize("kind", ["file", "symlink", "fifo"])
@@ -217,7 +246,7 @@ def test_what_is_no_directory_is_removed_itself(room, kind):
         (path / "x").symlink_to(path / "target")
     else:
         os.mkfifo(path / "x")
-    trees.remove_tree(descriptor, "x")
+    tree_removal.remove_tree(descriptor, "x")
     assert os.listdir(path) == ["target"]
     assert (path / "target" / "kept").exists()
 
@@ -236,7 +265,7 @@ def test_immutable_and_append_only_entries_are_removed(room):
         set_flags(tree / name, inode_flags.IMMUTABLE)
     with pytest.raises(PermissionError):
         shutil.rmtree(tree)
-    trees.remove_tree(descriptor, "tree")
+    tree_removal.remove_tree(descriptor, "tree")
     assert os.listdir(path) == []
 
 
@@ -247,7 +276,7 @@ def test_flags_of_the_parent_are_not_ours_to_clear(room):
     set_flags(path, inode_flags.IMMUTABLE)
     try:
         with pytest.raises(PermissionError):
-            trees.remove_tree(descriptor, "tree")
+            tree_removal.remove_tree(descriptor, "tree")
         assert inode_flags.read_flags(descriptor) & inode_flags.IMMUTABLE
     finally:
         inode_flags.write_flags(descriptor, 0)
@@ -263,12 +292,100 @@ def test_modes_that_hold_off_an_owner_without_capabilities_do_not_stop_a_removal
     for name in ("sub/deeper", "sub"):
         (tree / name).chmod(0)
     tree.chmod(0o500)
-    code = (
-        "import os, sys\nfrom csi_driver.linux import trees\nd = os.open(sys.argv[1], os.O_RDONLY)\n"
-        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\ntrees.remove_tree(d, 'tree')"
-    )
-    subprocess.run([sys.executable, "-c", code, path], check=True)
+    remove_as_nobody(path)
     assert os.listdir(path) == []
+
+
+def remove_as_nobody(path, ending="tree_removal.remove_tree(d, 'tree')"):
+    """Remove `tree` in a directory without any right of root's."""
+    code = (
+        "import os, sys\nfrom csi_driver.linux import tree_removal\nd = os.open(sys.argv[1], os.O_RDONLY)\n"
+        f"os.setgroups([]); os.setgid(65534); os.setuid(65534)\n{ending}"
+    )
+    return subprocess.run([sys.executable, "-c", code, path], check=True, capture_output=True, text=True)
+
+
+@pytest.mark.root
+def test_sticky_directories_that_are_ours_do_not_stop_a_removal(room):
+    path, _ = room
+    for folder in (path, path / "tree", path / "tree" / "tmp", path / "tree" / "tmp" / "deeper"):
+        folder.mkdir(exist_ok=True)
+        os.chown(folder, 65534, 65534)
+        folder.chmod(0o1777)
+        (folder / "others").touch()
+    (path / "others").unlink()
+    (path / "tree" / "tmp" / "flagged").touch()
+    set_flags(path / "tree" / "tmp" / "flagged", inode_flags.IMMUTABLE)
+    tree_removal.remove_tree(room[1], "tree")
+    assert os.listdir(path) == []
+
+
+@pytest.mark.root
+def test_what_cannot_be_removed_keeps_nothing_else_and_is_told_of_with_the_first_and_how_many(room):
+    path, descriptor = room
+    tree = furnish(path / "tree")
+    # Others' files in others' sticky directories: nobody without CAP_FOWNER may remove them, or change the directory.
+    for folder in (tree / "a", tree / "sub" / "b"):
+        folder.mkdir()
+        for number in range(1200):  # more than a removal goes back for when a directory is filled meanwhile
+            (folder / f"{number}").touch()
+        folder.chmod(0o1777)
+    for folder in (path, tree, tree / "sub", tree / "sub" / "deeper"):
+        os.chown(folder, 65534, 65534)
+    ending = (
+        "steps = []\ntry: tree_removal.remove_tree(d, 'tree', should_stop=lambda: bool(steps.append(1)))\n"
+        "except PermissionError as error: print(len(steps), error)"
+    )
+    said = remove_as_nobody(path, ending).stdout
+    steps, _, told = said.partition(" ")
+    assert "(2400 cannot be removed, the first is 'tree/" in told
+    assert sorted(str(left.relative_to(tree)) for left in tree.rglob("*") if left.is_dir()) == ["a", "sub", "sub/b"]
+    assert len(list(tree.rglob("*"))) == 3 + 2400
+    assert int(steps) < 2450, "each entry is tried once"
+    tree_removal.remove_tree(descriptor, "tree")
+    assert os.listdir(path) == []
+
+
+@pytest.mark.root
+def test_what_is_filled_beside_what_cannot_be_removed_goes_all_the_same(room, monkeypatch):
+    path, descriptor = room
+    (path / "tree" / "held").mkdir(parents=True)
+    (path / "tree" / "filled").mkdir()
+    (path / "tree" / "held" / "file").touch()
+    unlink, rmdir = os.unlink, os.rmdir
+
+    def refusing(name, **where):
+        if name == b"file":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
+        unlink(name, **where)
+
+    def refilling(name, **where):
+        if name == b"filled" and not refilled:
+            refilled.append((path / "tree" / "filled" / "late").touch())
+        rmdir(name, **where)
+
+    refilled = []
+    monkeypatch.setattr(os, "unlink", refusing)
+    monkeypatch.setattr(os, "rmdir", refilling)
+    with pytest.raises(PermissionError, match=r"\(1 cannot be removed, the first is 'tree/held/file'\)"):
+        tree_removal.remove_tree(descriptor, "tree")
+    assert refilled
+    assert os.listdir(path / "tree") == ["held"]
+
+
+def test_a_server_that_is_away_ends_a_removal_at_once(room, monkeypatch):
+    path, descriptor = room
+    furnish(path / "tree")
+    asked = []
+
+    def away(name, **_where):
+        asked.append(name)
+        raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT), name)
+
+    monkeypatch.setattr(os, "unlink", away)
+    with pytest.raises(TimeoutError):
+        tree_removal.remove_tree(descriptor, "tree")
+    assert len(asked) == 1
 
 
 @pytest.mark.root
@@ -283,14 +400,14 @@ def test_what_is_mounted_in_a_tree_is_neither_entered_nor_removed(room):
     before = du(foreign)
     try:
         with pytest.raises(FailedPrecondition, match="mounted") as caught:
-            trees.remove_tree(descriptor, "tree")
+            tree_removal.remove_tree(descriptor, "tree")
         assert "2 mounted below it" in str(caught.value)
         assert du(foreign) == before
         assert os.listdir(tree) == ["sub"]
         assert sorted(os.listdir(tree / "sub")) == ["mounted", "mounted-file"]
     finally:
         subprocess.run(["umount", tree / "sub" / "mounted", tree / "sub" / "mounted-file"], check=True)
-    trees.remove_tree(descriptor, "tree")
+    tree_removal.remove_tree(descriptor, "tree")
     assert not tree.exists()
 
 
@@ -299,9 +416,9 @@ def test_a_removal_stops_when_told_and_can_be_done_again(room):
     furnish(path / "tree")
     asked = []
     with pytest.raises(WalkStopped):
-        trees.remove_tree(descriptor, "tree", should_stop=lambda: len(asked) > 2 or asked.append(1))
+        tree_removal.remove_tree(descriptor, "tree", should_stop=lambda: len(asked) > 2 or asked.append(1))
     assert (path / "tree").exists()
-    trees.remove_tree(descriptor, "tree")
+    tree_removal.remove_tree(descriptor, "tree")
     assert not (path / "tree").exists()
 
 
@@ -323,7 +440,7 @@ def test_a_tree_that_is_filled_while_it_is_removed_goes_in_the_end(room):
 
     thread = threading.Thread(target=fill)
     thread.start()
-    trees.remove_tree(descriptor, "tree")
+    tree_removal.remove_tree(descriptor, "tree")
     thread.join()
     assert os.listdir(path) == []
 
@@ -334,7 +451,7 @@ def test_deep_branches_that_part_far_down_are_measured_and_removed(room):
         # They part 75 levels down, where the first levels are closed already; each goes 70 further.
         (path / "/".join(["a"] * 75) / "/".join([branch] * 70)).mkdir(parents=True)
     assert measure(path).inodes == 1 + 75 + 3 * 70
-    trees.remove_tree(descriptor, "a")
+    tree_removal.remove_tree(descriptor, "a")
     assert os.listdir(path) == []
 
 
@@ -347,7 +464,7 @@ def test_a_tree_deeper_than_any_path_is_measured_and_removed(room):
         usage = measure(path)
         assert usage.complete
         assert usage.inodes == 1 + 10_000 + 1_000
-        trees.remove_tree(descriptor, "nested-directory")
+        tree_removal.remove_tree(descriptor, "nested-directory")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert os.listdir(path) == []
@@ -386,7 +503,7 @@ def test_a_hundred_thousand_files_in_one_directory_take_no_memory(room):
     tracemalloc.start()
     try:
         assert measure(path / "tree").inodes == 100_001
-        trees.remove_tree(descriptor, "tree")
+        tree_removal.remove_tree(descriptor, "tree")
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -402,7 +519,7 @@ def test_unprivileged_read_only_subvolumes_do_not_stop_a_removal(btrfs_room):
         subprocess.run(["btrfs", "subvolume", *arguments], cwd=btrfs_room, check=True, stdout=subprocess.DEVNULL)
         (btrfs_room / "tree" / "sub" / "file").write_text("x" * 100)
     assert measure(btrfs_room / "tree").inodes >= 5
-    trees.remove_tree(descriptor, "tree")
+    tree_removal.remove_tree(descriptor, "tree")
     assert os.listdir(btrfs_room) == []
     os.close(descriptor)
 

@@ -12,7 +12,7 @@ from trees import fill, seen
 
 from csi_driver.config import HostPathPool
 from csi_driver.errors import FailedPrecondition, OperationPending, OutOfRange
-from csi_driver.linux import btrfs, trees
+from csi_driver.linux import btrfs, tree_removal
 from csi_driver.linux.files import OPEN
 from csi_driver.volumes.captures import FILE_BY_FILE, POINT_IN_TIME, HoldToSource
 from csi_driver.volumes.groups import POINT_IN_TIME_EACH
@@ -266,7 +266,7 @@ def test_a_large_subvolume_is_removed_in_one_step(btrfs_bench):
         return False
 
     parent = os.open(btrfs_bench.path(volume).parent, os.O_RDONLY)
-    trees.remove_tree(parent, volume.record.directory, should_stop=count)
+    tree_removal.remove_tree(parent, volume.record.directory, should_stop=count)
     os.close(parent)
     assert not btrfs_bench.path(volume).exists()
     assert steps < 10

@@ -9,7 +9,7 @@ from bench import MIB, make_bench, mount_capability
 from trees import fill
 
 from csi_driver.config import HostPathPool
-from csi_driver.errors import AlreadyExists, FailedPrecondition, InvalidArgument, ResourceExhausted
+from csi_driver.errors import AlreadyExists, FailedPrecondition, InvalidArgument, RecordDamaged, ResourceExhausted
 from csi_driver.linux.mountinfo import topmost_mount_at
 from csi_driver.volumes.handles import VOLUME
 from csi_driver.volumes.inline import inline_name
@@ -196,6 +196,43 @@ def test_without_a_default_pool_the_pod_must_name_one(tmp_path):
         publish(bench)
     publish(bench, pool="one")
     bench.node.unpublish("csi-1", bench.target("pod"))
+
+
+def damage(bench, handle):
+    """Make the pool's record of an inline volume one that cannot be read, and return what mends it."""
+    (record,) = (record for record in records(bench) if record.name == inline_name(handle))
+    path = bench.pool().backend.root() / ".csi/volumes" / f"{record.id}.json"
+    whole = path.read_text()
+    path.write_text("{")
+    return lambda: path.write_text(whole)
+
+
+def test_an_inline_volume_that_cannot_be_deleted_keeps_no_pod_and_goes_when_it_can_be(bench):
+    targets = {handle: publish(bench, handle, handle) for handle in ("csi-1", "csi-2", "csi-3", "csi-4")}
+    (targets["csi-2"] / "data").write_text("content")
+    mend = damage(bench, "csi-2")
+    for handle, target in targets.items():
+        bench.node.unpublish(handle, str(target))
+        assert not target.exists()
+    assert [known.handle for known in bench.domain.state.volumes.readable()] == ["csi-2"]
+    fresh = bench.restarted()
+    fresh.sweep()
+    assert [known.handle for known in fresh.domain.state.volumes.readable()] == ["csi-2"]
+    mend()
+    fresh.sweep()
+    assert list(fresh.domain.state.volumes.readable()) == []
+    assert records(fresh) == []
+    assert fresh.leftovers() == []
+
+
+def test_an_inline_volume_of_which_the_node_remembers_nothing_is_not_given_up_when_it_cannot_be_deleted(bench):
+    bench.node._publisher._inline.create("csi-1", bench.pool(), mount_capability(), {EPHEMERAL: "true"})
+    mend = damage(bench, "csi-1")
+    with pytest.raises(RecordDamaged):
+        bench.node.unpublish("csi-1", bench.target("pod"))
+    mend()
+    bench.node.unpublish("csi-1", bench.target("pod"))
+    assert records(bench) == []
 
 
 # --- whose Unpublish never comes --------------------------------------------------------------------------------------------------

@@ -1,13 +1,16 @@
 import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 from bench import MIB, make_bench, until
 
 from csi_driver.config import HostPathPool
-from csi_driver.errors import NotFound, OperationPending
+from csi_driver.errors import DeadlineExceeded, NotFound, OperationPending
 from csi_driver.volumes import usage
+from csi_driver.volumes.turns import Turns
 
 pytestmark = pytest.mark.root
 
@@ -144,3 +147,89 @@ def test_a_volume_whose_directory_is_gone_is_not_found(bench, mounted):
     bench.path(volume).rename(bench.root / "stolen")
     with pytest.raises(NotFound):
         stats(bench, volume, target)
+
+
+# --- many at once -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def several(bench):
+    """Four volumes with a file of their own each."""
+    found = []
+    for number in range(4):
+        volume = bench.create(f"v{number}")
+        bench.stage(volume.record.handle)
+        target = bench.publish(volume.record.handle, f"pod-{number}")
+        for name in range(number):
+            (target / str(name)).touch()
+        found.append((volume, target))
+    return found
+
+
+def watch_walks(monkeypatch, before):
+    """Have `before` called with the deadline and the inode of each walk's top; then walk."""
+    walk = usage.measure_tree
+
+    def watched(top, *, deadline):
+        before(deadline, os.fstat(top).st_ino)
+        return walk(top, deadline=deadline)
+
+    monkeypatch.setattr(usage, "measure_tree", watched)
+
+
+def test_no_more_volumes_are_counted_at_once_than_there_are_turns(bench, several, monkeypatch):
+    monkeypatch.setattr(bench.node._usage, "_lines", ((Turns(2), 60.0), (Turns(1), 60.0)))
+    at_work, most, guard = 0, 0, threading.Lock()
+
+    def count_walks(_deadline, _top):
+        nonlocal at_work, most
+        with guard:
+            at_work += 1
+            most = max(most, at_work)
+        time.sleep(0.3)
+        with guard:
+            at_work -= 1
+
+    watch_walks(monkeypatch, count_walks)
+    with ThreadPoolExecutor(4) as callers:
+        told = list(callers.map(lambda one: stats(bench, *one).inodes.used, several))
+    assert told == [1, 2, 3, 4]
+    assert most == 2
+
+
+def test_a_volume_that_takes_long_to_count_keeps_no_other_from_its_turn(bench, several, monkeypatch):
+    monkeypatch.setattr(bench.node._usage, "_lines", ((Turns(1), 0.3), (Turns(1), 60.0)))
+    (large, large_target), *others = several
+    inode, go_on, in_the_long_line = large_target.stat().st_ino, threading.Event(), threading.Event()
+
+    def take_long(deadline, top):
+        if top != inode:
+            return
+        if deadline - time.monotonic() > 1:
+            in_the_long_line.set()
+            go_on.wait(60)
+        else:
+            time.sleep(max(0.0, deadline - time.monotonic()) + 0.01)
+
+    watch_walks(monkeypatch, take_long)
+    with ThreadPoolExecutor(1) as caller:
+        asked = caller.submit(stats, bench, large, large_target, 60.0)
+        assert in_the_long_line.wait(60)
+        assert [stats(bench, *other).inodes.used for other in others] == [2, 3, 4]
+        assert not asked.done()
+        go_on.set()
+        assert asked.result(60).inodes.used == 1
+
+
+def test_a_volume_that_cannot_be_counted_is_not_tried_again_for_as_long_as_it_is_worth(bench, several, monkeypatch):
+    monkeypatch.setattr(bench.node._usage, "_lines", ((Turns(1), 0.05), (Turns(1), 0.05)))
+    walks = []
+    watch_walks(monkeypatch, lambda deadline, _top: walks.append(time.sleep(max(0.0, deadline - time.monotonic()) + 0.01)))
+    monkeypatch.setattr(usage, "_FRESH_FACTOR", 1e9)
+    for _ in range(3):
+        with pytest.raises(DeadlineExceeded, match="could not be counted completely"):
+            stats(bench, *several[0])
+    assert len(walks) == 2
+    bench.node._usage._given_up.clear()
+    monkeypatch.undo()
+    assert stats(bench, *several[0]).inodes.used == 1
