@@ -135,9 +135,25 @@ def _serves(place: str, name: str) -> dict[str, Any]:
 def _take_new_size(place: str, name: str) -> dict[str, Any]:
     if name not in (device.name for device in loop_devices.devices_of(Path(place) / IMAGE)):
         raise OSError(errno.ENXIO, f"{name} has another file by now")
-    # An NFS client learns a file's new size when it is opened (nfs(5), close-to-open); the loop asks for no news.
-    os.close(os.open(f"{place}/{IMAGE}", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC))
+    _ask_for_news(f"{place}/{IMAGE}")
     return {"bytes": loop_devices.take_new_size(name)}
+
+
+def _ask_for_news(image: str) -> None:
+    """Let an NFS client learn a file's new size, as it does when it opens the file (nfs(5), close-to-open); the loop never asks.
+
+    For writing, because that makes it give a read delegation back (nfs4_return_incompatible_delegation() in fs/nfs/nfs4proc.c). What is
+    delegated is believed, and nobody recalls it where the controller made the image larger from this very node: to the server
+    both are one client.
+    """
+    flags = os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        opened = os.open(image, os.O_RDWR | flags)
+    except OSError as error:
+        if error.errno not in {errno.EROFS, errno.EACCES}:
+            raise
+        opened = os.open(image, os.O_RDONLY | flags)
+    os.close(opened)
 
 
 def _recognise(device: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import itertools
 import os
 
 import pytest
-from driver_in_guest import CHECKOUT, KUBELET, RWO, RWX, Cluster, pool_of, refused, shell, sources
+from driver_in_guest import CHECKOUT, KUBELET, RWO, RWX, Cluster, Driver, pool_of, refused, shell, sources
 
 from tests.sanity.test_sanity import counts_of, sanity_command
 
@@ -118,6 +118,22 @@ def test_raw_block_is_grown_under_its_user_and_read_only_where_it_shall_be(clust
     assert done.returncode != 0
     assert shell(reader, f"head -c 4 {reader.target}") == "mine"
     cluster.unpublish(reader)
+
+
+@pytest.mark.parametrize("kind", ["block", "ext4"])
+def test_an_image_grows_again_and_again_where_its_controller_runs_on_its_node(cluster, make, kind):
+    use = make(kind)
+    cluster.mount(use)
+    elsewhere = cluster.controller
+    # One NFS client for the server: what it delegates to the node it does not take back when the controller makes the file larger.
+    cluster.controller = Driver(use.driver.node, cluster.config, "controller")
+    try:
+        cluster.controller.start()
+        for size in (40 * MIB, 64 * MIB, 96 * MIB):
+            assert cluster.expand(use, size) == size
+    finally:
+        cluster.controller.close()
+        cluster.controller = elsewhere
 
 
 def test_a_node_that_is_not_the_controller_s_choice_is_refused_at_stage(cluster, make):
