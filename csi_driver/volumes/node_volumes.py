@@ -74,13 +74,23 @@ class NodeVolumes:
     def find_mounted(self, handle: str, path: str) -> NodeVolumeRecord:
         """Return what this node knows of a volume that is mounted at `path` (staging or target). Raises NotFound."""
         known = self.state.get(handle)
-        if known is not None and known.form.access_type is AccessType.BLOCK and os.path.normpath(path) == known.staging_path:
-            store = self._pools.find(known.pool)
-            if store is not None and self.images.is_staged(known, store):
-                return known  # nothing is ever mounted there
+        if known is not None and known.form.access_type is AccessType.BLOCK and self._is_block_at(known, path):
+            return known
         if known is None or os.path.normpath(path) not in known.paths() or topmost_mount_at(os.path.normpath(path)) is None:
             raise NotFound(f"volume {quoted(handle)} is not mounted at {quoted(path)} on this node")
         return known
+
+    def _is_block_at(self, known: NodeVolumeRecord, path: str) -> bool:
+        """Tell whether raw block is at a place that is no target of ours: staged, where nothing is ever mounted, or shown by the kubelet.
+
+        That has a mount of its own for each pod, volumeDevices/PV/dev/POD, and asks for the usage there (MapBlockVolume() in
+        pkg/volume/util/volumepathhandler).
+        """
+        place = os.path.normpath(path)
+        if place == known.staging_path:
+            store = self._pools.find(known.pool)
+            return store is not None and self.images.is_staged(known, store)
+        return self.image_devices.is_own(known, Path(place))
 
     def remembered(self, handle: str) -> tuple[NodeVolumeRecord | None, bool]:
         """Return what is known for taking a volume away, which a damaged record must not keep from happening, and whether it is damaged."""

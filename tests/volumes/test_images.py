@@ -211,6 +211,26 @@ def test_a_restarted_driver_finds_raw_blocks_whose_file_lost_its_name_with_the_m
         again.publish(handle, "third", block())
 
 
+def test_the_size_of_raw_block_is_told_wherever_the_kubelet_shows_it_and_nowhere_else(bench):
+    volume, other = (make_image(bench, name, block()) for name in ("v", "other"))
+    for one in (volume, other):
+        bench.stage(one.record.handle, block())
+        bench.publish(one.record.handle, one.record.name, block())
+    shown = bench.kubelet / "plugins/kubernetes.io/csi/volumeDevices/pv/dev"
+    shown.mkdir(parents=True)
+    (shown / "pod").touch()
+    subprocess.run(["mount", "--bind", bench.target("v"), shown / "pod"], check=True)
+    try:
+        handle = volume.record.handle
+        places = [bench.target("v"), bench.staging_of(handle), str(shown / "pod"), f"{shown}/../dev/pod"]
+        assert [bench.node.stats(handle, place, 1e12).bytes.total for place in places] == [volume.record.capacity_bytes] * 4
+        for place in (bench.target("other"), str(shown), str(bench.kubelet), "/dev/null"):
+            with pytest.raises(NotFound, match="is not mounted at"):
+                bench.node.stats(handle, place, 1e12)
+    finally:
+        subprocess.run(["umount", shown / "pod"], check=True)
+
+
 def test_raw_block_in_use_is_not_staged_on_the_device_that_is_ending(bench):
     handle = make_image(bench, "v", block()).record.handle
     staging = bench.stage(handle, block())
