@@ -13,6 +13,7 @@ from trees import fill
 from csi_driver.backends.hostpath import HostPathBackend
 from csi_driver.config import HostPathPool
 from csi_driver.errors import OperationPending, Unavailable
+from csi_driver.linux.files import OPEN
 from csi_driver.volumes import assembly, orphans, rounds
 from csi_driver.volumes.model import OnDelete, Phase
 from csi_driver.volumes.node_state import NodeVolumeRecord, Target
@@ -185,7 +186,7 @@ def test_deletions_that_were_cut_off_are_left_when_their_server_goes_away(bench,
     store = bench.pool("away")
     for number in range(6):
         record = bench.create(f"v{number}", pool="away").record
-        store.volumes.replace(replace(record, phase=Phase.DELETING))
+        store.volumes.replace(replace(record, phase=Phase.DELETING), OPEN)
     waited = falls_silent(monkeypatch, backends["away"], "rename")
     report = bench.sweep()
     assert (len(waited), report.failed) == (1, 2), "the deletion, and the pool"
@@ -223,7 +224,7 @@ def inline_volume(bench, handle, pool, *targets):
     made = bench.node._publisher._inline.create(
         handle, store, mount_capability(), {"csi.storage.k8s.io/ephemeral": "true", "pool": pool}
     )
-    bench.domain.state.volumes.replace(
+    bench.domain.state.keep(
         NodeVolumeRecord(
             id=bench.domain.state.id_of(handle),
             token=new_token(),
