@@ -134,9 +134,8 @@ class Captures:
             return report
         with self._turns.take(store.name, origin, job):
             stand_back()
-            system_calls.sync_filesystem(
-                source
-            )  # what was written before is in the copy, also where writing it out fails only now
+            # What was written before is in the copy, also where writing it out fails only now.
+            system_calls.sync_filesystem(source)
             self.make_empty(store, staging, name, hold)
             target = os.open(name, _DIRECTORY, dir_fd=staging)
             try:
