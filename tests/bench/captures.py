@@ -7,16 +7,18 @@ import argparse
 import os
 import sys
 import tempfile
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from tests.bench import copies, latency, many, nfs
 from tests.bench.copies import LARGE, SMALL, Tree
 from tests.bench.report import Report
-from tests.bench.site import MIB, site
+from tests.bench.site import MIB, Site, site
 
 PARTS = ("copies", "latency", "many", "nfs")
 KINDS = ("xfs", "btrfs", "ext4")
 LEAST_BYTES = 2048 * MIB
+LEAST_SCALE_TO_WRITE_OUT = 0.1
 
 
 def main(arguments: list[str]) -> int:
@@ -34,7 +36,7 @@ def main(arguments: list[str]) -> int:
 def _copies(options: argparse.Namespace, work: Path, report: Report) -> None:
     for kind in options.filesystems:
         shown = {}
-        with site(kind, work, max(LEAST_BYTES, int(6144 * MIB * options.scale))) as place:
+        with _site(kind, work, 6144 * MIB, options.scale) as place:
             for whole in (LARGE, SMALL):
                 tree = Tree(whole.name, max(2, int(whole.files * options.scale)), int(whole.bytes * options.scale))
                 with report.doing(f"copies on {kind}: {tree.files} files of {tree.bytes // MIB} MiB in all"):
@@ -44,10 +46,15 @@ def _copies(options: argparse.Namespace, work: Path, report: Report) -> None:
         report.side_by_side(f"copies on {kind}, medians of {options.runs}, each with syncfs", shown)
 
 
+def _site(kind: str, work: Path, size: int, scale: float) -> AbstractContextManager[Site]:
+    """Make a site of `size` bytes times the scale. Where the scale is small, nobody waits until all of its blocks are written."""
+    return site(kind, work, max(LEAST_BYTES, int(size * scale)), write_out=scale >= LEAST_SCALE_TO_WRITE_OUT)
+
+
 def _latency(options: argparse.Namespace, work: Path, report: Report) -> None:
     size = int(4096 * MIB * options.scale)
     with (
-        site("ext4", work, max(LEAST_BYTES, int(12288 * MIB * options.scale))) as place,
+        _site("ext4", work, 12288 * MIB, options.scale) as place,
         report.doing(f"latency beside a plain copy of {size // MIB} MiB"),
     ):
         taken = latency.latencies(place, size, 20 * options.scale + 1)
@@ -63,7 +70,7 @@ def _many(options: argparse.Namespace, work: Path, report: Report) -> None:
     files = max(10, int(1_000_000 * options.scale))
     for kind in options.filesystems:
         with (
-            site(kind, work, max(LEAST_BYTES, int(24576 * MIB * options.scale))) as place,
+            _site(kind, work, 24576 * MIB, options.scale) as place,
             report.doing(f"{files} files on {kind}"),
         ):
             found = many.many_files(place, files)

@@ -81,13 +81,17 @@ class Site:
 
 
 @contextmanager
-def site(kind: str, work: Path, size: int) -> Iterator[Site]:
+def site(kind: str, work: Path, size: int, *, write_out: bool) -> Iterator[Site]:
     """Make a filesystem of `size` bytes in an image, and a driver on it."""
     home = work / kind
     place = home / "disk"
     place.mkdir(parents=True)
     image = home / "image"
-    _write_out(image, size)
+    if write_out:
+        _write_out(image, size)
+    else:
+        image.touch()
+        os.truncate(image, size)
     # btrfs talks, also when quiet.
     subprocess.run([f"mkfs.{kind}", "-q", *_MKFS_OPTIONS[kind], image], check=True, capture_output=True)
     # Direct, or the image's own page cache would take gigabytes at once and make each commit of a journal wait for them.
