@@ -119,6 +119,11 @@ class Guest:
             if rest:
                 yield rest.decode(errors="replace")
 
+    @property
+    def ended(self) -> bool:
+        """Whether it was booted and has ended, by itself or not."""
+        return self._ended.is_set()
+
     def exit_code(self) -> int:
         """Wait for the end and return the job's exit code.
 

@@ -1,12 +1,13 @@
 """Every directory below guest_tests/ is a group: one boot of a guest, one test here, a subtest for each test inside.
 
-While one group is reported, the next one runs already: two guests, for two cores. A group that measures time runs alone.
+Two guests are at work at once, for two cores, whichever is reported. A group that measures time runs alone, after the others.
 """
 
 import os
 import pathlib
 import subprocess
 import sys
+import threading
 import tomllib
 import xml.etree.ElementTree as ET
 
@@ -33,39 +34,48 @@ def runs_alone(group):
 
 def groups():
     """Return a parameter for each group; pytest's own timeout comes after the guest's, which knows what to show."""
-    names = sorted(path.parent.name for path in GROUPS.glob("*/test_*.py"))
-    return [pytest.param(name, marks=pytest.mark.timeout(options(name)["timeout"] + 60)) for name in dict.fromkeys(names)]
+    names = sorted({path.parent.name for path in GROUPS.glob("*/test_*.py")}, key=lambda name: (runs_alone(name), name))
+    return [pytest.param(name, marks=pytest.mark.timeout(options(name)["timeout"] + 60)) for name in names]
 
 
 class Guests:
-    """The guests of this run, started in the order of the tests, at most AT_ONCE at a time."""
+    """The guests of this run. A thread boots them in the order of the tests, the next one as soon as there is room beside the others."""
 
     def __init__(self, names):
-        self._waiting = list(names)
-        self._running = {}
+        self._guests = {name: self._made(name) for name in names}
+        self._closing = threading.Event()
+        self._boots = threading.Thread(target=self._boot_all, name="boots", daemon=True)
+        self._boots.start()
 
-    def take(self, group):
-        """Return the group's guest, booted, and boot the next ones beside it."""
-        if group not in self._running:
-            self._waiting.remove(group)
-            self._boot(group)
-        while self._waiting and len(self._running) < AT_ONCE and not runs_alone(group) and not runs_alone(self._waiting[0]):
-            self._boot(self._waiting.pop(0))
-        return self._running[group]
-
-    def _boot(self, group):
+    @staticmethod
+    def _made(group):
         path = (GROUPS / group).relative_to(guest.CHECKOUT)
-        self._running[group] = guest.Guest(guest.pytest_job(["-v", str(path)], **options(group))).start()
+        return guest.Guest(guest.pytest_job(["-v", str(path)], **options(group)))
 
-    def done(self, group):
-        """Kill and remove a guest."""
-        if group in self._running:
-            self._running.pop(group).close()
+    def _boot_all(self):
+        at_work = {}
+        for group, mine in self._guests.items():
+            while not has_room(group, at_work):
+                if self._closing.wait(0.1):
+                    return
+                at_work = {name: other for name, other in at_work.items() if not other.ended}
+            at_work[group] = mine.start()
+
+    def __getitem__(self, group):
+        """Return the group's guest, which may have been at work for long, or begin when others have ended."""
+        return self._guests[group]
 
     def close(self):
         """Kill and remove all."""
-        for group in list(self._running):
-            self.done(group)
+        self._closing.set()
+        self._boots.join()
+        for mine in self._guests.values():
+            mine.close()
+
+
+def has_room(group, at_work):
+    """Tell whether the group's guest may begin beside those at work."""
+    return len(at_work) < AT_ONCE and not (at_work and any(map(runs_alone, (group, *at_work))))
 
 
 @pytest.fixture(scope="session")
@@ -83,8 +93,8 @@ def guests(request):
 
 @pytest.fixture
 def booted(guests, group):
-    yield guests.take(group)
-    guests.done(group)
+    yield guests[group]
+    guests[group].close()
 
 
 @pytest.mark.minutes

@@ -131,6 +131,7 @@ def test_an_image_grows_again_and_again_where_its_controller_runs_on_its_node(cl
         cluster.controller.start()
         for size in (40 * MIB, 64 * MIB, 96 * MIB):
             assert cluster.expand(use, size) == size
+        cluster.controller.stop()  # and so unmount what it has mounted on somebody else's node
     finally:
         cluster.controller.close()
         cluster.controller = elsewhere
