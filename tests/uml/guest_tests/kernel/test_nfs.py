@@ -274,10 +274,12 @@ def test_an_image_on_nfs_is_a_direct_io_loop_device_with_a_filesystem(nodes, mou
 def test_delay_adds_to_the_round_trip(nodes, mounted, server, milliseconds):
     code = """
 import os, sys, time
-began = time.monotonic()
+taken = []
 for number in range(50):
+    began = time.monotonic()
     os.path.exists(f"{sys.argv[1]}{number}")
-print(time.monotonic() - began)
+    taken.append(time.monotonic() - began)
+print(min(taken))
 """
     plain = float(nodes[0].python(code, f"{mounted}/plain").stdout)
     server.delay(milliseconds)
@@ -285,8 +287,8 @@ print(time.monotonic() - began)
         slow = float(nodes[0].python(code, f"{mounted}/slow").stdout)
     finally:
         server.delay(0)
-    # A lookup is one round trip. Twice as much is still the delay asked for, on a machine that others use, too.
-    assert 0.9 < (slow - plain) / 50 / (milliseconds / 1000) < 2.5
+    # A lookup is one round trip; the quickest is the one that nothing else on the machine has disturbed.
+    assert 0.9 < (slow - plain) / (milliseconds / 1000) < 2.5
 
 
 def test_two_servers_at_once_know_only_their_own_exports(make_server, make_node):
@@ -307,4 +309,4 @@ def test_a_mount_of_a_refusing_server_fails_in_seconds(make_server, nodes):
     began = time.monotonic()
     with pytest.raises(CommandFailed, match=r"refused|timed out"):
         nodes[0].mount(server.node, "/srv/x", options="vers=4.2,soft,timeo=10,retrans=1,retry=0")
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60  # without these options: two minutes
