@@ -41,7 +41,7 @@ class Job:
     command: Sequence[str]  # run in the checkout; its exit code is the guest's
     memory: int = 1 << 30  # bytes; lives in /dev/shm or TMPDIR of this machine, taken as it is touched
     disk: int = 20 << 30  # bytes; a sparse file, the guest's /scratch (XFS)
-    timeout: float = 540.0  # seconds, boot included; then everything is killed
+    timeout: float = 900.0  # seconds, boot included; then everything is killed
     visible: Sequence[pathlib.Path] = ()  # more paths of this machine, seen at the same place, read-only
     environment: Mapping[str, str] = field(default_factory=dict)
 

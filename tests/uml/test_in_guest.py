@@ -1,105 +1,27 @@
-"""Every directory below guest_tests/ is a group: one boot of a guest, one test here, a subtest for each test inside.
-
-Two guests are at work at once, for two cores, whichever is reported. A group that measures time runs alone, after the others.
-"""
+"""Every directory below guest_tests/ is a group: one boot of a guest, one test here, a subtest for each test inside (groups.py)."""
 
 import os
 import pathlib
 import subprocess
 import sys
-import threading
-import tomllib
 import xml.etree.ElementTree as ET
 
 import guest
 import psutil
 import pytest
-
-GROUPS = pathlib.Path(__file__).parent / "guest_tests"
-AT_ONCE = min(2, os.cpu_count() or 1)
-
-
-def options(group):
-    """Return what a group says in its guest.toml: `memory` in MiB, `timeout` in seconds; both may be missing."""
-    file = GROUPS / group / "guest.toml"
-    given = tomllib.loads(file.read_text()) if file.exists() else {}
-    return {"memory": given.get("memory", guest.Job.memory >> 20) << 20, "timeout": given.get("timeout", guest.Job.timeout)}
-
-
-def runs_alone(group):
-    """Tell whether a group says `alone = true`: another guest beside it would be measured, too."""
-    file = GROUPS / group / "guest.toml"
-    return file.exists() and tomllib.loads(file.read_text()).get("alone", False)
-
-
-def groups():
-    """Return a parameter for each group; pytest's own timeout comes after the guest's, which knows what to show."""
-    names = sorted({path.parent.name for path in GROUPS.glob("*/test_*.py")}, key=lambda name: (runs_alone(name), name))
-    return [pytest.param(name, marks=pytest.mark.timeout(options(name)["timeout"] + 60)) for name in names]
-
-
-class Guests:
-    """The guests of this run. A thread boots them in the order of the tests, the next one as soon as there is room beside the others."""
-
-    def __init__(self, names):
-        self._guests = {name: self._made(name) for name in names}
-        self._closing = threading.Event()
-        self._boots = threading.Thread(target=self._boot_all, name="boots", daemon=True)
-        self._boots.start()
-
-    @staticmethod
-    def _made(group):
-        path = (GROUPS / group).relative_to(guest.CHECKOUT)
-        return guest.Guest(guest.pytest_job(["-v", str(path)], **options(group)))
-
-    def _boot_all(self):
-        at_work = {}
-        for group, mine in self._guests.items():
-            while not has_room(group, at_work):
-                if self._closing.wait(0.1):
-                    return
-                at_work = {name: other for name, other in at_work.items() if not other.ended}
-            at_work[group] = mine.start()
-
-    def __getitem__(self, group):
-        """Return the group's guest, which may have been at work for long, or begin when others have ended."""
-        return self._guests[group]
-
-    def close(self):
-        """Kill and remove all."""
-        self._closing.set()
-        self._boots.join()
-        for mine in self._guests.values():
-            mine.close()
-
-
-def has_room(group, at_work):
-    """Tell whether the group's guest may begin beside those at work."""
-    return len(at_work) < AT_ONCE and not (at_work and any(map(runs_alone, (group, *at_work))))
-
-
-@pytest.fixture(scope="session")
-def guests(request):
-    if os.geteuid() != 0:
-        pytest.skip("booting a guest that binds this machine's root directory needs root")
-    guest.install()
-    guest.remove_leftovers()
-    guests = Guests(
-        item.callspec.params["group"] for item in request.session.items if "guests" in getattr(item, "fixturenames", ())
-    )
-    yield guests
-    guests.close()
+from groups import group_parameters
 
 
 @pytest.fixture
 def booted(guests, group):
-    yield guests[group]
-    guests[group].close()
+    mine = guests.asked_for(group)
+    yield mine
+    mine.close()
 
 
 @pytest.mark.minutes
 @pytest.mark.root
-@pytest.mark.parametrize("group", groups())
+@pytest.mark.parametrize("group", group_parameters())
 def test_in_guest(group, booted, subtests):
     for line in booted.follow():
         print(line, flush=True)
