@@ -1,5 +1,7 @@
 """Other ways to have a volume, on hostPath: inline, generic ephemeral, by VolumeAttributesClass."""
 
+import shutil
+
 from cluster.driver import HOSTPATH, POOL
 from cluster.objects import claim, of_claim, pod
 from cluster.progress import wait_until
@@ -50,3 +52,4 @@ def test_a_volume_attributes_class_decides_when_the_volume_is_made(story: Story)
     story.k.delete("pvc", "data")
     story.k.gone("pv", pv["metadata"]["name"])  # the class of the volume is Delete; the data stays by onDelete: retain
     assert (directory / "letter").read_text() == "kept\n"
+    shutil.rmtree(directory)  # as an admin does; until then the volume's size is not given to another
