@@ -49,7 +49,7 @@ def test_pods_are_taken_from_a_dead_server_and_the_next_server_is_mounted_at_onc
     cluster.publish(waiting)
     shell(waiting, f"echo content >{waiting.target}/file")
     print(f"another server's volume was mounted and written to in {time.monotonic() - began:.1f} s")
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60  # a mount that waits for the dead one has no end
 
     # The kubelet kills the pods, and takes each volume away.
     pods.process.kill()
