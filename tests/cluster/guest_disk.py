@@ -1,7 +1,7 @@
 """The disk that guests start with: a file system with the images in containerd's store, made on this machine, once for each set of them.
 
 A guest's processes run at a tenth of this machine's speed: the driver's image alone would take it more than a minute to unpack. Each
-guest writes to a file of its own, and reads from this one what it has not written (the kernel's own copy-on-write, UML's ubd driver).
+guest has a copy of it.
 """
 
 import hashlib

@@ -2,8 +2,8 @@
 
 This machine's kernel mounts no NFS and serves none; a guest's does both. The guest's kernel runs in a machine of its own, so that
 what it started is gone with it, and its tap is free again. Its root is this machine's, read-only (../uml/guest-init.sh); what it may
-write to is its own directory: files for its services, their logs. Everything else lies on a disk (guest_disk.py); what it changes there
-is its own, and there again when it was switched off.
+write to is its own directory: files for its services, their logs. Everything else lies on its disk, a copy of the one with the images
+(guest_disk.py), and is there again when it was switched off.
 """
 
 import json
@@ -35,8 +35,8 @@ class Guest:
         self._holder = Machine(spec.name, network=False)
         self._token = spec.directory / "token"
 
-    def boot(self, disk: Path) -> None:
-        """Boot the guest, with a disk that it changes a copy of, and wait until it takes commands. Raises TimeoutError with the end of its console."""
+    def boot(self) -> None:
+        """Boot the guest with its disk, and wait until it takes commands. Raises TimeoutError with the end of its console."""
         self._holder.boot()
         self._token.write_text(secrets.token_hex(16))
         self._token.chmod(0o600)
@@ -56,7 +56,7 @@ class Guest:
             f"run_dir={self.directory}",
             f"uml_dir={self.directory}/",
             "umid=kernel",
-            f"ubda={self.directory}/changes,{disk}",
+            f"ubda={self.directory}/disk",
             f"ubdb={self.directory}/share",
             f"vec0:transport=tap,ifname={self.spec.link}",
             "con=null",
@@ -132,7 +132,9 @@ class GuestNode(Node):
         files = self.spec.directory / "cluster"
         files.mkdir(parents=True)
         (self.spec.directory / "logs").mkdir()
-        (self.spec.directory / "disk").symlink_to(disk)
+        # A copy and not the ubd driver's copy-on-write, which loses what was written when the guest is killed.
+        copy = ["cp", "--sparse=always", "--reflink=auto", str(disk), str(self.spec.directory / "disk")]
+        subprocess.run(copy, check=True, capture_output=True)
         # Version 2 of cgroups, which are the guest's own: pods may live at their root.
         self.write_files(files, kubelet_configuration("") | {"cgroupRoot": "/"})
         (self.spec.directory / "programs").write_text(str(BINARIES))
@@ -150,7 +152,7 @@ class GuestNode(Node):
             ["ip", "route", "replace", self.spec.pods, "via", self.spec.address],
         ):
             subprocess.run(command, check=True, capture_output=True)
-        self.machine.boot((self.spec.directory / "disk").readlink())
+        self.machine.boot()
 
     def power_off(self) -> None:
         """End all that runs on it at once, as a power cut does; its disk stays."""

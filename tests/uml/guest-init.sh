@@ -64,7 +64,12 @@ for module in loop nfsd nfsv3 nfsv4 quota_v2 veth bridge sch_netem nf_tables; do
 # A disk of its own, empty unless whoever boots put something on it: images and filesystems may be larger than the guest's memory.
 # The file behind it on the machine is sparse.
 if [ -b /dev/ubda ]; then
-  mount -t xfs -o noatime /dev/ubda /scratch 2>/dev/null || { mkfs.xfs -q -f -K /dev/ubda && mount -o noatime /dev/ubda /scratch; }
+  # mkfs refuses a disk with a filesystem on it: one that cannot be mounted keeps what it has, and the guest stops here.
+  mount -t xfs -o noatime /dev/ubda /scratch 2>/dev/null || { mkfs.xfs -q -K /dev/ubda && mount -o noatime /dev/ubda /scratch; } || {
+    dmesg | tail -n 20
+    echo "init: the disk cannot be mounted"
+    exit 1
+  }
 fi
 
 echo "init: up after $(cut -d' ' -f1 /proc/uptime) s"
