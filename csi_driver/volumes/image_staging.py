@@ -29,7 +29,7 @@ from csi_driver.volumes.node_state import NodeState, NodeVolumeRecord
 from csi_driver.volumes.pool_store import PoolStore
 from csi_driver.volumes.pools import Pools
 from csi_driver.volumes.requests import Capability
-from csi_driver.volumes.staging import take_back
+from csi_driver.volumes.staging import undo_publish
 from csi_driver.volumes.unmounting import UNMOUNT_SECONDS
 
 _SECONDS = 30.0
@@ -129,7 +129,7 @@ class ImageStaging:
         finally:
             os.close(source)
         if known.form.access_type is AccessType.BLOCK and not image_child.serves(self._devices.place_of(known), name, _SECONDS):
-            take_back(target)
+            undo_publish(target)
             raise Unavailable(
                 f"volume {quoted(known.handle)}: somebody took the image from {name} on this node just now; try again"
             )

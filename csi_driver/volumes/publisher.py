@@ -28,7 +28,7 @@ from csi_driver.volumes.placement import Placement, Placements
 from csi_driver.volumes.pool_layout import new_token
 from csi_driver.volumes.pools import Pools
 from csi_driver.volumes.requests import Capability, PublishVolume
-from csi_driver.volumes.staging import take_back
+from csi_driver.volumes.staging import undo_publish
 
 _log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class Publisher:
         else:
             known = way.publish(known, place.store, target, capability.mount_flags, read_only=readonly)
         if not way.shows(known, place.store, target):
-            take_back(target)
+            undo_publish(target)
             raise FailedPrecondition(
                 f"{staging or place.directory} is not volume {quoted(known.handle)}; nothing was left mounted at {target}"
             )

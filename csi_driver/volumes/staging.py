@@ -72,6 +72,6 @@ class DirectoryStaging:
             self._unmounting.unmount(known, known.handle, staging)
 
 
-def take_back(target: Path) -> None:
+def undo_publish(target: Path) -> None:
     """Unmount what was published a moment ago and turned out to be something else."""
     mounts.unmount_all(target, UNMOUNT_SECONDS)
