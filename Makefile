@@ -126,7 +126,7 @@ test-cluster: $(VENV)/dev.stamp $(HELM) ## Stories in a real Kubernetes: in the 
 	HELM=$(abspath $(HELM)) $(PYTEST) -m cluster tests/cluster --durations=0 --durations-min=1
 
 .PHONY: test-all
-test-all: test test-cluster ## All tiers: make test, and the stories in a real Kubernetes (two hours)
+test-all: test test-cluster ## All tiers: make test, and the stories in a real Kubernetes (an hour and a half)
 
 .PHONY: test-external
 test-external: $(VENV)/dev.stamp $(HELM) ## Kubernetes' own external-storage suite (as root; BACKEND=hostpath; ARGS="--help")
