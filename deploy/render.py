@@ -40,14 +40,9 @@ KINDS = {
 _HEAD = """\
 # {about}
 #
-# Rendered from deploy/chart/tatami by `make manifests`; change the chart, not this file. The images carry no registry: put yours
-# in front of them.
----
-apiVersion: v1
-kind: Namespace
-metadata:
-  name: {namespace}
-  labels: {{pod-security.kubernetes.io/enforce: privileged}}
+# Rendered from deploy/chart/tatami by `make manifests`; change the chart, not this file. The images carry no registry: put it in front
+# of them. The namespace {namespace} is yours to make, with the label pod-security.kubernetes.io/enforce: privileged. Kubernetes 1.34
+# or newer: an older one has no VolumeAttributesClass.
 """
 
 

@@ -218,7 +218,7 @@ def test_classes_name_the_driver_and_parameters_that_it_takes(objects):
         *NFS,
         "--set=hostpath.storageClasses[0].name=tatami",
         "--set=hostpath.storageClasses[0].pool=default",
-        "--set=hostpath.storageClasses[0].parameters.mode=2770",
+        "--set-string=hostpath.storageClasses[0].parameters.mode=2770",
         "--set=hostpath.storageClasses[0].parameters.uid=1000",
         "--set=hostpath.storageClasses[0].parameters.verify=true",
         "--set=hostpath.snapshotClasses[0].name=tatami",
@@ -241,14 +241,31 @@ def test_classes_name_the_driver_and_parameters_that_it_takes(objects):
     assert {c.get("provisioner") or c.get("driver") or c.get("driverName") for c in users} == drivers
 
 
+def test_numbers_of_a_values_file_reach_the_driver_as_they_are_written(objects, tmp_path):
+    values = tmp_path / "values.yaml"
+    written = '{uid: 1000650000, gid: 4294967294, inodes: 10000000, mode: "0770", verify: true}'
+    values.write_text(f"hostpath: {{storageClasses: [{{name: '123', parameters: {written}}}]}}\n")
+    found = named(objects(f"--values={values}"), "StorageClass", "123")
+    parsed = parameters.parse_class_parameters(found["parameters"])
+    assert (parsed.ownership.uid, parsed.ownership.gid, parsed.ownership.mode) == (1000650000, 4294967294, 0o770)
+    assert (found["parameters"]["inodes"], found["parameters"]["verify"]) == ("10000000", "true")
+
+
+def test_a_mode_that_yaml_has_made_another_number_of_is_refused(chart, tmp_path):
+    values = tmp_path / "values.yaml"
+    values.write_text("hostpath: {storageClasses: [{name: tatami, parameters: {mode: 0770}}]}\n")
+    with pytest.raises(RuntimeError, match="parameters/mode': got number, want string"):
+        chart.template(f"--values={values}")
+
+
 def test_the_parameters_that_the_schema_allows_are_those_of_the_driver(chart):
     schema = json.loads((CHART / "values.schema.json").read_text())
-    classes = schema["properties"]["hostpath"]["properties"]["storageClasses"]["items"]["properties"]
+    classes = schema["definitions"]["storageClass"]["properties"]
     readme = (ROOT / "README.md").read_text()
     table = readme[readme.index("## StorageClass parameters") :]
     documented = set(re.findall(r"^\| `(\w+)` \|", table[: table.index("## Inline")], re.MULTILINE))
     assert set(classes["parameters"]["properties"]) == documented - {"pool"}
-    assert set(classes["parameters"]["properties"]["onDelete"]["enum"]) == set(OnDelete)
+    assert set(schema["definitions"]["onDelete"]["enum"]) == set(OnDelete)
 
 
 def test_the_chart_is_for_this_version_of_the_driver():
@@ -261,6 +278,14 @@ def test_the_chart_is_for_this_version_of_the_driver():
 def test_only_the_driver_on_the_nodes_is_privileged(everything):
     privileged = {(name, c["name"]) for name, _, c in containers(everything) if c["securityContext"].get("privileged")}
     assert privileged == {("tatami-hostpath-node", "driver"), ("tatami-nfs-node", "driver")}
+
+
+def test_where_selinux_enforces_the_pods_that_need_it_are_not_confined_by_it(everything):
+    asked = {
+        w["metadata"]["name"]: w["spec"]["template"]["spec"]["securityContext"].get("seLinuxOptions")
+        for w in of_kind(everything, *WORKLOADS)
+    }
+    assert {name for name, options in asked.items() if options} == {"tatami-hostpath-node", "tatami-nfs-controller"}
 
 
 def test_every_container_has_a_read_only_root(everything):
@@ -387,11 +412,44 @@ def test_images_carry_no_registry_until_one_is_given(objects):
             "--set=nfs.pools.a.server=x,--set=nfs.pools.a.path=/srv,--set=nfs.pools.a.options={nolock}",
             "nfs.controller.replicas=1",
         ),
+        ("--set=hostpath.pools.default.path=/mnt/../var/lib/kubelet", "must not contain '..'"),
+        ("--set=hostpath.pools.default.path=//var/./lib/kubelet", "must be neither kubeletDir (/var/lib/kubelet)"),
+        (
+            "--set=hostpath.pools.a.path=/mnt/a,--set=hostpath.pools.b.path=/mnt/a/b",
+            "hostpath.pools.b.path: /mnt/a/b must be neither hostpath.pools.a.path (/mnt/a)",
+        ),
+        ("--set=hostpath.pools.a.path=/opt", "hostpath.pools.a.path: /opt would hide /opt/tatami"),
+        ("--set=hostpath.pools.a.path=/tmp", "would hide /tmp"),
+        ("--set=nfs.pools.a.server=fe80::1,--set=nfs.pools.a.path=/srv", "server"),
+        ("--set=nfs.pools.a.server=nas:/x,--set=nfs.pools.a.path=/srv", "server"),
+        (
+            "--set=nfs.pools.a.server=x,--set=nfs.pools.a.path=/s,--set=nfs.pools.b.server=x,--set=nfs.pools.b.path=/s/t",
+            "nfs.pools.a.path (/s)",
+        ),
+        (
+            "--set=nfs.pools.a.server=x,--set=nfs.pools.a.path=/s,--set=nfs.node.metricsPort=9808,--set=nfs.controller.metricsPort=9808",
+            "nfs.controller.metricsPort: 9808 is nfs.node.metricsPort",
+        ),
+        ("--set=global.imageRegistry=https://registry.example.com", "imageRegistry"),
+        ("--set=hostpath.storageClasses[0].name=x,--set-string=hostpath.storageClasses[0].parameters.mode=9999", "mode"),
+        (
+            f"--set=kubeletDir=/var/snap/microk8s/common/var/lib/kubelet,--set=hostpath.driverName={'a' * 47}",
+            "hostpath.driverName",
+        ),
+        ("--set=hostpath.node.metricsPort=null", "missing property 'metricsPort'"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(chart, option, said):
     with pytest.raises(RuntimeError, match=re.escape(said)):
         chart.template(*option.split(","))
+
+
+def test_what_only_looks_wrong_is_taken(chart):
+    chart.template("--set=nfs.pools.efs.server=[fe80::1%eth0]", "--set=nfs.pools.efs.path=/")
+    chart.template("--set=nfs.pools.a.server=x,nfs.pools.a.path=/s,nfs.pools.b.server=y,nfs.pools.b.path=/s")
+    chart.template("--set=nfs.pools.a.server=x,nfs.pools.a.path=/s,nfs.node.metricsPort=9808,nfs.controller.metricsPort=9809")
+    chart.template("--set=hostpath.pools.default.path=/mnt/a,hostpath.pools.b.path=/mnt/ab")
+    chart.template("--set=global.imageRegistry=registry.example.com:5000/mirror/k8s")
 
 
 def test_a_pool_beside_the_kubelets_directory_and_one_controller_on_nolock_are_taken(chart):
@@ -409,3 +467,17 @@ def test_data_of_a_pool_without_a_place_for_the_controller_is_refused(chart):
         chart.template(*NFS, "--set=nfs.pools.fast.data=/srv/tatami")
     with pytest.raises(RuntimeError, match="data"):
         chart.template(*NFS, "--set=nfs.pools.fast.data=relative", "--set=nfs.controller.nodeSelector.a=b")
+
+
+def test_data_that_would_hide_the_controllers_own_mounts_is_refused(chart):
+    for place in ("/var/lib/tatami", "/var/lib", "/csi", "/usr"):
+        with pytest.raises(RuntimeError, match=r"nfs\.pools\.fast\.data: .* would hide"):
+            chart.template(*NFS, f"--set=nfs.pools.fast.data={place}", "--set=nfs.controller.nodeSelector.a=b")
+
+
+def test_the_places_that_a_pool_must_not_hide_are_all_that_the_drivers_containers_have(objects, chart):
+    checks = (CHART / "templates" / "_checks.tpl").read_text()
+    for name, _, container in containers(objects(*NFS)):
+        if container["name"] == "driver" and name in {"tatami-hostpath-node", "tatami-nfs-controller"}:
+            for mount in container["volumeMounts"]:
+                assert mount["name"] in {"kubelet", "pool-default"} or f'"{mount["mountPath"]}"' in checks, (name, mount)

@@ -6,7 +6,7 @@
 {{/* Labels: dict "root" $ "component" "hostpath-node" */}}
 {{- define "tatami.selector" -}}
 app.kubernetes.io/name: tatami
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/component: {{ .component }}
 {{- end -}}
 
@@ -41,6 +41,11 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 
 {{- define "tatami.snapshots" -}}
 {{- if or (eq .Values.snapshots "always") (and (eq .Values.snapshots "auto") (.Capabilities.APIVersions.Has "snapshot.storage.k8s.io/v1")) }}true{{ end -}}
+{{- end -}}
+
+{{/* A class' parameter, which Kubernetes wants as a string. YAML's whole numbers arrive here as floats: not as 1e+06. */}}
+{{- define "tatami.parameter" -}}
+{{- kindIs "float64" . | ternary (printf "%.0f" (. | float64)) (toString .) | quote -}}
 {{- end -}}
 
 {{- define "tatami.pluginDir" -}}
@@ -181,40 +186,6 @@ checksum/pools: {{ .config | sha256sum }}
 {{- with .of.podAnnotations }}
 {{ toYaml . }}
 {{- end }}
-{{- end -}}
-
-{{/* What a chart can know to be wrong, and a schema cannot. */}}
-{{- define "tatami.checks" -}}
-{{- $defaults := list -}}
-{{- if .Values.hostpath.enabled -}}
-{{- if not .Values.hostpath.pools }}{{ fail "hostpath.pools: at least one pool is needed, or hostpath.enabled=false" }}{{ end -}}
-{{- range .Values.hostpath.storageClasses }}{{ if .default }}{{ $defaults = append $defaults .name }}{{ end }}{{ end -}}
-{{- $kubelet := printf "%s/" (trimSuffix "/" .Values.kubeletDir) -}}
-{{- range $name, $pool := .Values.hostpath.pools -}}
-{{- $path := printf "%s/" (trimSuffix "/" $pool.path) -}}
-{{- if or (hasPrefix $kubelet $path) (hasPrefix $path $kubelet) }}{{ fail (printf "hostpath.pools.%s.path: %s must be neither kubeletDir (%s) nor above or below it" $name $pool.path $.Values.kubeletDir) }}{{ end -}}
-{{- end -}}
-{{- end -}}
-{{- if include "tatami.nfs.enabled" . -}}
-{{- if and (include "tatami.nfs.data" .) (not (or .Values.nfs.controller.nodeSelector .Values.nfs.controller.affinity)) -}}
-{{ fail "nfs.pools: a pool has `data`, so the controller has to run on the server's machine: say so in nfs.controller.nodeSelector" }}
-{{- end -}}
-{{- range $name, $pool := .Values.nfs.pools -}}
-{{- if and (has "nolock" ($pool.options | default list)) (gt (int $.Values.nfs.controller.replicas) 1) -}}
-{{ fail (printf "nfs.pools.%s.options: with nolock no server keeps two controllers apart: set nfs.controller.replicas=1, or use vers=4.2 without nolock" $name) }}
-{{- end -}}
-{{- end -}}
-{{- range .Values.nfs.storageClasses }}{{ if .default }}{{ $defaults = append $defaults .name }}{{ end }}{{ end -}}
-{{- end -}}
-{{- if gt (len $defaults) 1 }}{{ fail (printf "storageClasses: a cluster has one default class, and here are several: %s" (join ", " $defaults)) }}{{ end -}}
-{{- if not (or .Values.hostpath.enabled (include "tatami.nfs.enabled" .)) }}{{ fail "nothing to install: hostpath.enabled is false, and nfs.pools has no pool" }}{{ end -}}
-{{- range $kind := list "hostpath" "nfs" -}}
-{{- $values := index $.Values $kind -}}
-{{- if and $values.defaultPool (not (hasKey $values.pools $values.defaultPool)) }}{{ fail (printf "%s.defaultPool: %s is none of %s.pools" $kind $values.defaultPool $kind) }}{{ end -}}
-{{- if $values.pools -}}
-{{- range $values.storageClasses }}{{ if and .pool (not (hasKey $values.pools .pool)) }}{{ fail (printf "%s.storageClasses: %s: %s is none of %s.pools" $kind .name .pool $kind) }}{{ end }}{{ end -}}
-{{- end -}}
-{{- end -}}
 {{- end -}}
 
 {{/* Replicas on different nodes, if there are: dict "of" values "labels" $labels */}}
