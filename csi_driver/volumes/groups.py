@@ -5,7 +5,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-from csi_driver.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, OperationPending, quoted
+from csi_driver.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    LockLost,
+    NotFound,
+    OperationPending,
+    quoted,
+)
 from csi_driver.volumes.answers import GroupSnapshot
 from csi_driver.volumes.captures import FILE_BY_FILE, POINT_IN_TIME
 from csi_driver.volumes.fencing import Fence
@@ -159,21 +167,21 @@ class Groups:
     def _complete(self, store: PoolStore, record: GroupRecord, job: JobControl) -> GroupRecord:
         """Make all members ready, and then the group; on an error nothing is left of it.
 
-        But for an error after which the caller asks again: a lock that another holds, say. What was cut stays as it was cut then, and
-        the retry goes on from there; it may only be taken back by who holds the locks of all members.
+        But for an error after which the caller asks again: a lock that another holds, say. If all was cut, it stays as it was cut then,
+        and the retry goes on from there; it may only be taken back by who holds the locks of all members.
         """
         what = f"group snapshot {record.handle}"
         with ExitStack() as held:
             for member_id in _member_ids(record):
                 held.enter_context(self._locks.hold(store, f"snapshot:{member_id}"))
             try:
-                consistency = self._cut_all(store, record, job)
+                members = self._cut_all(store, record, job)
             except OperationPending:
                 raise
             except BaseException as error:  # noqa: BLE001 - raised again
                 take_back(error, lambda: self._give_up(store, record), what)
             with may_be_left(what):
-                ready = replace(record, phase=Phase.READY, consistency=consistency)
+                ready = replace(record, phase=Phase.READY, consistency=_consistency_of(members))
                 return store.groups.replace(ready, self._fence.gate(store, store.groups, record))
 
     def _begin(self, store: PoolStore, group_id: str, name: str, sources: tuple[str, ...]) -> GroupRecord:
@@ -197,30 +205,35 @@ class Groups:
             raise AlreadyExists(f"group snapshot {quoted(name)} is being made by another controller")
         return record
 
-    def _cut_all(self, store: PoolStore, record: GroupRecord, job: JobControl) -> str:
-        """Make all members ready, and return the label that the group as a whole deserves. The caller holds them."""
+    def _cut_all(self, store: PoolStore, record: GroupRecord, job: JobControl) -> list[SnapshotRecord]:
+        """Make all members ready, and return them. The caller holds them."""
+        placed = self._cut_before(store, record) or self._cut_anew(store, record, job)
+        # Not one says ready before all are in place; after a crash from here on, the retry finds them there and goes on.
+        return [self._snapshots.make_ready(store, member) if member.phase is Phase.CREATING else member for member in placed]
+
+    def _cut_before(self, store: PoolStore, record: GroupRecord) -> list[SnapshotRecord]:
+        """Return the members that an attempt which was cut off has put in place, if those are all; else none.
+
+        A part of them is no use: what is cut now would be of another time, by as much as nobody asked in between.
+        """
+        found = [store.snapshots.get(member_id) for member_id in _member_ids(record)]
+        members = [member for member in found if member is not None and self._snapshots.is_cut(store, member)]
+        return [self._snapshots.place(store, member) for member in members] if len(members) == len(found) else []
+
+    def _cut_anew(self, store: PoolStore, record: GroupRecord, job: JobControl) -> list[SnapshotRecord]:
+        """Put all members in place, cut at one time; what there is of them goes before: nobody was shown it."""
+        begun = []
+        for member_id, source_handle in zip(_member_ids(record), record.sources, strict=True):
+            if store.snapshots.get(member_id) is not None and not self._snapshots.give_up(store, member_id):
+                raise LockLost(f"the lock of a member of group snapshot {record.handle} was lost; try again")
+            _, source = self._sources.volume(source_handle)
+            begun.append(self._snapshots.begin(store, member_id, f"{record.name}/{source_handle}", source, record.handle))
         with ExitStack() as held:
-            begun = []
-            for member_id, source_handle in zip(_member_ids(record), record.sources, strict=True):
-                member = store.snapshots.get(member_id)
-                if member is None:
-                    _, source = self._sources.volume(source_handle)
-                    member = self._snapshots.begin(store, member_id, f"{record.name}/{source_handle}", source, record.handle)
-                elif member.phase is Phase.CREATING and not self._snapshots.is_cut(store, member):
-                    member = self._snapshots.take_over(store, member)
-                begun.append(member)
-            for member in begun:
-                if not self._snapshots.is_cut(store, member):  # all at hand before the first is cut, and in vain if one is not
-                    held.enter_context(self._sources.hold(ContentSource(SourceKind.VOLUME, member.source_handle)))
+            for source_handle in record.sources:  # all at hand before the first is cut, and in vain if one is not
+                held.enter_context(self._sources.hold(ContentSource(SourceKind.VOLUME, source_handle)))
             # Back to back, with nothing written in between: as close to one moment as the pool can come.
             cut = [self._snapshots.cut(store, member, job) for member in begun]
-            placed = [self._snapshots.place(store, member) for member in cut]
-            # Not one is shown before all are cut; after a crash from here on, the retry finds each in place and goes on.
-            for member in placed:
-                if member.phase is Phase.CREATING:
-                    self._snapshots.make_ready(store, member)
-        each = {member.consistency for member in placed}
-        return POINT_IN_TIME_EACH if each == {POINT_IN_TIME} else FILE_BY_FILE
+            return [self._snapshots.place(store, member) for member in cut]
 
     def _give_up(self, store: PoolStore, record: GroupRecord) -> bool:
         """Take a group back that never became ready, and tell whether nothing is left. The caller holds the group and its members."""
@@ -241,6 +254,11 @@ class Groups:
                 f"group snapshot {record.handle} lacks its member {missing[0]}: its record is gone from the pool"
             )
         return GroupSnapshot(record, tuple(show(store, member) for member in members if member is not None))
+
+
+def _consistency_of(members: Sequence[SnapshotRecord]) -> str:
+    """Return the label that the group as a whole deserves."""
+    return POINT_IN_TIME_EACH if {member.consistency for member in members} == {POINT_IN_TIME} else FILE_BY_FILE
 
 
 def _member_id(store: PoolStore, group_id: str, source_handle: str) -> str:

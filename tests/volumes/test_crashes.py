@@ -6,6 +6,7 @@ record names.
 
 import itertools
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -507,6 +508,48 @@ def test_a_deletion_that_was_killed_never_takes_a_directory_that_was_made_in_its
         after.restarted().sweep()
         assert after.leftovers("team") == [], change
     assert cut_off >= 2
+
+
+def put_in_place_in_part(bench: Bench, sources: list[Any]) -> None:
+    """Leave a group as a kill between its two members does."""
+    killed = bench.restarted()
+    place, calls = killed.snapshots.place, itertools.count(1)
+    killed.snapshots.place = lambda *arguments: os._exit(9) if next(calls) == 2 else place(*arguments)
+    assert not runs_to_its_end(lambda: STORIES["group snapshot"].act(killed, sources), 10**9)
+    assert len(list((bench.pool().backend.root() / ".csi/snapshots-data").iterdir())) == 1
+
+
+@pytest.mark.parametrize("prepare", [lambda *_: None, put_in_place_in_part], ids=["first attempt", "retry"])
+def test_the_members_of_a_group_that_was_killed_are_all_of_before_or_all_of_its_retry(new_bench, prepare):
+    bench = sources = None
+
+    def start(_change: int) -> Callable[[], object]:
+        nonlocal bench, sources
+        bench = new_bench()
+        sources = two_filled_volumes(bench)
+        prepare(bench, sources)
+        fresh = bench.restarted()
+        return lambda: STORIES["group snapshot"].act(fresh, sources)
+
+    outcomes = set()
+    for change in every_crash(start):
+        after = bench.restarted()
+        for source in sources:
+            (after.path(source) / "plain").write_text("changed since")
+        retried_at = time.time_ns()
+        group = STORIES["group snapshot"].act(after, sources)
+        found = {
+            (member.record.created_at_ns >= retried_at, (snapshot_path(after, member) / "plain").read_text())
+            for member in group.members
+        }
+        assert len(found) == 1, (change, found)
+        outcomes |= found
+        after.age_temporaries()
+        after.restarted().sweep()
+        assert after.groups.get(group.record.handle, []) == group, change
+        assert after.leftovers() == [], change
+        unmount_below(bench.root)
+    assert outcomes == {(False, "content"), (True, "changed since")}
 
 
 @pytest.mark.parametrize("kind", ["snapshot", "group"])

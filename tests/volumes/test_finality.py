@@ -160,18 +160,27 @@ def killed_at(bench, monkeypatch, owner, name, call_number):
     monkeypatch.setattr(bench.groups, "_give_up", lambda *_: (_ for _ in ()).throw(Killed))
 
 
-def test_a_group_that_meets_another_at_work_on_a_member_keeps_what_was_cut_for_its_retry(bench, monkeypatch):
+@pytest.mark.parametrize(("step", "number", "is_kept"), [("place", 2, False), ("make_ready", 1, True), ("make_ready", 2, True)])
+def test_a_group_that_meets_another_at_work_on_a_member_leaves_what_was_cut_and_its_retry_keeps_all_of_it_or_none(
+    bench, monkeypatch, step, number, is_kept
+):
     sources = [bench.create(f"source{n}", size=MIB) for n in range(2)]
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        killed_at(bench, patch, bench.snapshots, "place", 2)
+        killed_at(bench, patch, bench.snapshots, step, number)
         group(bench, "g", sources)
-    first, second = sorted(bench.pool().snapshots.readable(), key=lambda r: not bench.snapshots.is_cut(bench.pool(), r))
-    with bench.domain.services.snapshots._locks.hold(bench.pool(), f"snapshot:{second.id}"), pytest.raises(OperationPending):
+    before = {record.handle: record for record in bench.pool().snapshots.readable()}
+    cut = [record for record in before.values() if bench.snapshots.is_cut(bench.pool(), record)]
+    assert len(cut) == (2 if is_kept else 1)
+    last = max(before.values(), key=lambda record: record.created_at_ns)
+    with bench.domain.services.snapshots._locks.hold(bench.pool(), f"snapshot:{last.id}"), pytest.raises(OperationPending):
         group(bench, "g", sources)
-    assert bench.snapshots.is_cut(bench.pool(), first)
-    made = group(bench, "g", sources)
-    assert bench.snapshots.get(first.handle).record.created_at_ns == first.created_at_ns
-    assert len(made.members) == 2
+    assert all(bench.snapshots.is_cut(bench.pool(), record) for record in cut)
+    retried_at = time.time_ns()
+    members = {handle: bench.snapshots.get(handle).record for handle in group(bench, "g", sources).members}
+    assert members.keys() == before.keys()
+    for handle, member in members.items():
+        assert (member.created_at_ns == before[handle].created_at_ns) == is_kept
+        assert (member.created_at_ns >= retried_at) == (not is_kept)
 
 
 def test_a_group_whose_source_is_held_by_another_cuts_nothing_and_its_retry_does(bench):
