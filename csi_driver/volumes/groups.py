@@ -181,7 +181,8 @@ class Groups:
             except BaseException as error:  # noqa: BLE001 - raised again
                 take_back(error, lambda: self._give_up(store, record), what)
             with may_be_left(what):
-                ready = replace(record, phase=Phase.READY, consistency=_consistency_of(members))
+                cut_at = min(member.created_at_ns for member in members)
+                ready = replace(record, phase=Phase.READY, created_at_ns=cut_at, consistency=_consistency_of(members))
                 return store.groups.replace(ready, self._fence.gate(store, store.groups, record))
 
     def _begin(self, store: PoolStore, group_id: str, name: str, sources: tuple[str, ...]) -> GroupRecord:

@@ -210,7 +210,10 @@ class SnapshotRecord:
 
 @dataclass(frozen=True)
 class GroupRecord:
-    """What a group snapshot is: `sources` and `members` are handles, in the same order."""
+    """What a group snapshot is: `sources` and `members` are handles, in the same order.
+
+    `created_at_ns` is when the first member was cut; until the group is ready, when it was begun.
+    """
 
     id: str
     handle: str

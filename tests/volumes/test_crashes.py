@@ -543,6 +543,7 @@ def test_the_members_of_a_group_that_was_killed_are_all_of_before_or_all_of_its_
             for member in group.members
         }
         assert len(found) == 1, (change, found)
+        assert group.record.created_at_ns == min(member.record.created_at_ns for member in group.members), change
         outcomes |= found
         after.age_temporaries()
         after.restarted().sweep()
