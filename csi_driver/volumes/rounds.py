@@ -4,11 +4,14 @@ Each thing that may have to be waited for has a thread of its own: a server that
 thread may hang in the kernel for as long as the server is away; it is left behind then, at the end of the process too.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable
 
 from csi_driver.backends.base import in_background
+
+_log = logging.getLogger(__name__)
 
 INTERVAL_SECONDS = 30.0
 FIRST_INTERVAL_SECONDS = 5.0
@@ -47,6 +50,9 @@ class Rounds:
             is_due = started >= due
             if is_due:
                 due, interval = started + interval, INTERVAL_SECONDS
-            self._work(is_due)
+            try:
+                self._work(is_due)
+            except Exception:  # noqa: BLE001 - no memory, no more threads, a defect: nobody would start this thread again
+                _log.exception("a round was cut off, the next one comes in its time", extra={"rounds": self._thread.name})
             if not self._stop.is_set():
                 self._wake.wait(max(0.0, due - time.monotonic()))

@@ -115,8 +115,13 @@ class Sweeper:
     @staticmethod
     def _observed(observe: Observe, name: str, work: Callable[[SweepReport, bool], None], is_due: bool) -> None:
         started, report = time.monotonic(), SweepReport()
-        work(report, is_due)
-        observe(name, time.monotonic() - started, report)
+        try:
+            work(report, is_due)
+        except Exception:
+            report.failed += 1
+            raise
+        finally:
+            observe(name, time.monotonic() - started, report)
 
     def _come_by(self, store: PoolStore, report: SweepReport, is_due: bool) -> None:
         self._sweep_pool(store, report, self._all_steps() if is_due else (self._empty_trash,), patient=True)

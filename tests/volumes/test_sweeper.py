@@ -244,6 +244,25 @@ def test_the_thread_empties_the_trash_as_soon_as_something_is_in_it(bench):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("sweeper")]
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")])
+def test_a_round_that_ends_in_what_nobody_foresaw_is_told_and_counted_and_the_next_one_comes(bench, monkeypatch, caplog, error):
+    reaper, rounds = bench.domain.sweeper._reaper, []
+    empty, errors = reaper.empty, [error]
+
+    def fail_once(store):
+        if store.name == "default" and errors:
+            raise errors.pop()
+        return empty(store)
+
+    monkeypatch.setattr(reaper, "empty", fail_once)
+    bench.domain.sweeper.start(lambda pool, _, report: rounds.append((pool, report.failed)))
+    until(lambda: ("default", 1) in rounds)
+    until(lambda: [record for record in caplog.records if record.exc_info and record.exc_info[1] is error])
+    bench.volumes.delete(bench.create("v").record.handle)
+    until(lambda: bench.leftovers() == [], seconds=5)
+    bench.domain.sweeper.stop(5)
+
+
 def test_the_thread_disturbs_no_creation_and_no_deletion(bench):
     bench.domain.sweeper.start()
     source = bench.create("source")
