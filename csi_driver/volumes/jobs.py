@@ -39,6 +39,7 @@ class JobControl:
     parts: list[Progress] = field(default_factory=lambda: [Progress()])  # one after the other, the present one last
     started: float = field(default_factory=time.monotonic)
     cancelled: threading.Event = field(default_factory=threading.Event)
+    shutdown: bool = False  # whether it was cancelled because the driver stops: the next one is asked for the same
     ahead: int = 0  # how many others have to end before it is this one's turn
     total_bytes: int | None = None  # what will have been done at the end of this part, where that is known
     doing: str = ""  # what this part is: "copying"
@@ -147,6 +148,7 @@ class Jobs:
             self._stopping = True
         running = self.running()
         for job in running:
+            job.shutdown = True
             job.cancelled.set()
         until = time.monotonic() + timeout
         for job in running:

@@ -115,7 +115,7 @@ class Snapshots:
             return show(store, record)
 
     def _complete(self, store: PoolStore, record: SnapshotRecord, job: JobControl, *, digests: bool) -> SnapshotRecord:
-        """Cut and place a snapshot and make it ready; where one of the first two fails, nothing is left of it."""
+        """Cut and place a snapshot and make it ready; where one of the first two fails, nothing is left of it (but see `_undo`)."""
         with ExitStack() as drafts:
             try:
                 record = self.cut(store, record, job)
@@ -127,10 +127,19 @@ class Snapshots:
                 if not digests:
                     self.place(store, record)
             except BaseException as error:  # noqa: BLE001 - raised again
-                take_back(error, lambda: self.give_up(store, record.id, record.token), f"snapshot {record.handle}")
+                take_back(error, lambda: self._undo(store, record, job), f"snapshot {record.handle}")
             with may_be_left(f"snapshot {record.handle}"):
                 show_ready(self._fence.gate(store, store.snapshots, record))
         return ready
+
+    def _undo(self, store: PoolStore, record: SnapshotRecord, job: JobControl) -> bool:
+        """Take back a snapshot whose making failed, and tell whether nothing is left.
+
+        Where the driver stops, one that is in its place stays, as after a kill: the retry makes its digests, and cuts nothing later.
+        """
+        if job.shutdown and self.is_cut(store, record):
+            return False
+        return self.give_up(store, record.id, record.token)
 
     # --- the steps, which group snapshots share -------------------------------------------------------------------------------------
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from bench import MIB, Bench, copying_stands_still_at, make_bench, until
 from images import block, filesystem, make_image
+from rivals import Slow
 from trees import fill, seen
 
 from csi_driver.config import HostPathPool
-from csi_driver.errors import FailedPrecondition, NotFound
+from csi_driver.errors import FailedPrecondition, NotFound, OperationPending
 from csi_driver.linux.copies import Progress
 from csi_driver.linux.tree_digests import digest_tree
 from csi_driver.rpc.status import to_status
@@ -122,6 +123,35 @@ def test_a_snapshot_whose_digests_were_cut_off_by_a_crash_gets_them_from_the_ret
     again = cut(bench.restarted(), "s", source)
     assert again.record.manifest is not None
     assert manifests_in(bench) == [again.record.id]
+
+
+def test_a_snapshot_whose_digests_were_cut_off_by_a_stop_of_the_driver_stays_as_it_was_cut(bench, source, monkeypatch):
+    whole = seen(bench.path(source))
+    slow = Slow(monkeypatch, bench.snapshots._verifier, "digest", lambda: cut(bench, "s", source))
+    bench.domain.stop(0)
+    (bench.path(source) / "plain").write_text("changed since")
+    assert isinstance(slow.go_on(), OperationPending)
+    after = bench.restarted()
+    (record,) = after.pool().snapshots.readable()
+    after.sweep()
+    again = cut(after, "s", source)
+    assert again.record.created_at_ns == record.created_at_ns
+    assert again.record.manifest is not None
+    assert seen(data_of(after, again)) == whole
+    after.sweep()
+    assert after.leftovers() == []
+
+
+def test_deleting_a_snapshot_stops_its_digests_and_nothing_is_left(bench, source, monkeypatch):
+    handle = bench.pool().handle_of(bench.pool().id_of("snapshot", "s"))
+    slow = Slow(monkeypatch, bench.snapshots._verifier, "digest", lambda: cut(bench, "s", source))
+    with pytest.raises(OperationPending):
+        bench.snapshots.delete(handle)
+    assert isinstance(slow.go_on(), OperationPending)
+    assert bench.pool().snapshots.ids() == []
+    bench.snapshots.delete(handle)
+    bench.sweep()
+    assert bench.leftovers() == []
 
 
 def test_a_verified_restore_of_a_whole_snapshot_is_made_and_counts_only_what_it_copied(bench, source):
