@@ -194,7 +194,8 @@ class Sweeper:
 
         self._sweep_staging(store, report, stale)
         self._complete_deletions(store, report, stale)
-        self._complete(store, report, stale)
+        self._complete_volumes(store, report, stale)
+        self._complete_snapshots(store, report)
         report.parents += remove_empty_parents(store, self._locks, stale)
         for folder in (VOLUMES, SNAPSHOTS, GROUPS, PARENTS, MANIFESTS):
             with store.open(folder) as opened:
@@ -226,34 +227,34 @@ class Sweeper:
             removal = self._volumes if deletion.kind == VOLUME else self._snapshots
             return removal.complete(store, deletion.record_id)
 
-    def _complete(self, store: PoolStore, report: SweepReport, stale: Callable[[str], bool]) -> None:
-        """Finish what says `deleting`, and take back creations that were abandoned."""
-        oldest = time.time_ns() - int(ABANDONED_SECONDS * 1e9)
+    def _complete_volumes(self, store: PoolStore, report: SweepReport, stale: Callable[[str], bool]) -> None:
+        """Finish what says `deleting`, because it is archived, and take back creations that were abandoned."""
 
-        def left_over(record: VolumeRecord | SnapshotRecord | GroupRecord) -> bool:
-            abandoned = record.phase is Phase.CREATING and record.created_at_ns < oldest
-            return (record.phase is Phase.DELETING and stale(record.token)) or abandoned
+        def left_over(record: VolumeRecord) -> bool:
+            return (record.phase is Phase.DELETING and stale(record.token)) or _is_abandoned(record)
 
         for volume in [record for record in self._each(store, store.volumes) if left_over(record)]:
             with self._one(store, report), self._hold(store, volume.id):
-                current = store.volumes.get(volume.id)
-                if current is not None and (current.phase, current.token) == (volume.phase, volume.token):
+                if current := _same(store.volumes, volume):
                     self._volumes.remove(store, current)
-                    _count(report, volume.phase)
-        for group in [record for record in self._each(store, store.groups) if left_over(record)]:
+                    if current.phase is Phase.DELETING:
+                        report.deletions_completed += 1
+                    else:
+                        report.creations_abandoned += 1
+
+    def _complete_snapshots(self, store: PoolStore, report: SweepReport) -> None:
+        """Take back, or complete, creations that were abandoned: groups first, what they hold goes with them."""
+        for group in [record for record in self._each(store, store.groups) if _is_abandoned(record)]:
             with self._one(store, report), self._locks.hold(store, f"group:{group.id}"):
-                if (record := store.groups.get(group.id)) is not None and record.phase is group.phase:
-                    self._groups.remove(store, record)
-                    _count(report, group.phase)
-        for snapshot in [
-            record for record in self._each(store, store.snapshots) if record.group_handle is None and left_over(record)
-        ]:
+                if begun := _same(store.groups, group):
+                    self._groups.remove(store, begun)
+                    report.creations_abandoned += 1
+        alone = (record for record in self._each(store, store.snapshots) if record.group_handle is None)
+        for snapshot in [record for record in alone if _is_abandoned(record)]:
             with self._one(store, report), self._hold(store, snapshot.id):
-                found = store.snapshots.get(snapshot.id)
-                if found is not None and (found.phase, found.token) == (snapshot.phase, snapshot.token):
-                    end = self._snapshots.remove if found.phase is Phase.DELETING else self._snapshots.abandon
-                    end(store, found)
-                    _count(report, snapshot.phase)
+                if found := _same(store.snapshots, snapshot):
+                    self._snapshots.abandon(store, found)
+                    report.creations_abandoned += 1
 
     def _renew_limits(self, store: PoolStore, report: SweepReport, _patient: bool) -> None:
         """Hold volumes again whose limits went when quotas were switched off, or that came with their pool from another disk."""
@@ -292,8 +293,11 @@ class Sweeper:
             yield
 
 
-def _count(report: SweepReport, phase: Phase) -> None:
-    if phase is Phase.DELETING:
-        report.deletions_completed += 1
-    else:
-        report.creations_abandoned += 1
+def _is_abandoned(record: VolumeRecord | SnapshotRecord | GroupRecord) -> bool:
+    return record.phase is Phase.CREATING and record.created_at_ns < time.time_ns() - int(ABANDONED_SECONDS * 1e9)
+
+
+def _same(records: RecordFolder[_Record], seen: _Record) -> _Record | None:
+    """Read a record again, now that it is held; None where it is another by now: who has its id may have been begun anew."""
+    current = records.get(seen.id)
+    return current if current is not None and (current.phase, current.token) == (seen.phase, seen.token) else None

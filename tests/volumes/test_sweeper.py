@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from bench import copying_stands_still_at, make_bench, until
 from crash import runs_to_its_end
+from rivals import Slow
 from trees import fill, seen
 
 from csi_driver.config import HostPathPool
@@ -123,18 +124,37 @@ def test_one_thing_that_is_in_use_does_not_keep_the_others_from_being_swept(benc
     assert bench.leftovers() == []
 
 
+def begun_long_ago(bench, group, **changes):
+    record = bench.pool().groups.get(group.record.id)
+    bench.pool().groups.replace(replace(record, phase=Phase.CREATING, **({"created_at_ns": LONG_AGO} | changes)), OPEN)
+
+
 def test_a_group_that_is_in_use_does_not_keep_the_rest_from_being_swept(bench):
     volume = bench.create("v")
-    group = bench.groups.create("g", [volume.record.handle], time.monotonic() + 30).record
+    group = bench.groups.create("g", [volume.record.handle], time.monotonic() + 30)
     snapshot = bench.snapshot("s", volume).record
-    bench.pool().groups.replace(replace(group, phase=Phase.DELETING), OPEN)
-    bench.pool().snapshots.replace(replace(snapshot, phase=Phase.DELETING), OPEN)
-    with bench.domain.sweeper._locks.hold(bench.pool(), f"group:{group.id}"):
-        assert bench.sweep().deletions_completed == 1
-        assert bench.pool().snapshots.get(snapshot.id) is None
-    assert bench.sweep().deletions_completed == 1
-    assert bench.pool().snapshots.ids() == []
+    begun_long_ago(bench, group)
+    bench.pool().snapshots.replace(replace(snapshot, phase=Phase.CREATING, created_at_ns=LONG_AGO), OPEN)
+    with bench.domain.sweeper._locks.hold(bench.pool(), f"group:{group.record.id}"):
+        assert bench.sweep().creations_abandoned == 1
+        assert bench.pool().snapshots.get(snapshot.id).phase is Phase.READY
+    assert bench.sweep().creations_abandoned == 1
+    assert bench.pool().groups.ids() == []
+    assert bench.pool().snapshots.ids() == [snapshot.id]
     assert bench.leftovers() == []
+
+
+def test_a_group_that_was_begun_anew_while_the_old_one_was_to_be_taken_back_stays(bench, monkeypatch):
+    handles = [bench.create("v").record.handle]
+    begun_long_ago(bench, bench.groups.create("g", handles, time.monotonic() + 30))
+    of_group = lambda _store, key: key.startswith("group:")  # noqa: E731
+    slow = Slow(monkeypatch, bench.domain.sweeper._locks, "hold", bench.sweep, of_group)
+    other = bench.restarted()
+    other.groups.delete(other.groups.create("g", handles, time.monotonic() + 30).record.handle, [])
+    anew = other.groups.create("g", handles, time.monotonic() + 30)
+    begun_long_ago(other, anew, created_at_ns=time.time_ns())
+    assert slow.go_on().creations_abandoned == 0
+    assert other.groups.create("g", handles, time.monotonic() + 30).members == anew.members
 
 
 def test_a_record_stays_in_the_trash_until_its_data_is_there_too(bench):
