@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import threading
 import time
 from dataclasses import replace
@@ -204,7 +205,7 @@ def test_the_marks_of_parents_are_left_when_their_server_goes_away(bench, backen
     opened, waited = os.open, []
 
     def gone(path, *arguments, **named):
-        if len(str(path)) == len("0" * 64 + ".json"):
+        if re.fullmatch(r"[0-9a-f]{64}\.json", str(path)):
             waited.append(path)
             backends["away"].silent = "the server does not answer"
             raise OSError(errno.ETIMEDOUT, "Connection timed out")
