@@ -15,7 +15,7 @@ from typing import Protocol
 
 from csi_driver.errors import FailedPrecondition, quoted
 from csi_driver.linux import abilities, btrfs, system_calls
-from csi_driver.linux.abilities import Abilities
+from csi_driver.linux.abilities import Abilities, Capture
 from csi_driver.linux.copies import CopyReport, copy_tree
 from csi_driver.linux.inode_flags import clear_holding_flags
 from csi_driver.linux.priorities import stand_back
@@ -28,7 +28,9 @@ from csi_driver.volumes.turns import Turns
 
 POINT_IN_TIME = "point in time"
 FILE_BY_FILE = "file by file"
-SUBVOLUME = "subvolume"
+SUBVOLUME: Capture = "subvolume"
+AT_ONCE: frozenset[Capture] = frozenset({SUBVOLUME, "reflink"})
+"""What captures an image at one moment, whoever writes to it."""
 
 LOCAL_WORKERS = 1
 """On a local disk a second thread only takes the interpreter from the first: 10,000 files took 0.24 s with one, 0.72 s with two."""

@@ -13,8 +13,8 @@ from csi_driver.errors import FailedPrecondition, OutOfRange
 from csi_driver.linux import beneath
 from csi_driver.linux.trees import apply_owner_and_mode
 from csi_driver.volumes.attempts import open_staged, staging_name, trash_staging
-from csi_driver.volumes.captures import Captures, Hold, HoldNothing
-from csi_driver.volumes.images import AT_ONCE, forget_holder, image_size, in_use, look_at_image, make_image, resize_image
+from csi_driver.volumes.captures import AT_ONCE, Captures, Hold, HoldNothing
+from csi_driver.volumes.images import forget_holder, image_size, in_use, look_at_image, make_image, resize_image
 from csi_driver.volumes.jobs import JobControl
 from csi_driver.volumes.model import (
     A_DIRECTORY,

@@ -17,8 +17,6 @@ from csi_driver.volumes.model import AccessType, Form, Layout, Ownership
 SECTOR_BYTES = {AccessType.MOUNT: image_filesystems.BLOCK_SIZE, AccessType.BLOCK: 512}
 """Sizes of sectors: a filesystem of ours is made for large ones; what raw block holds, a disk image say, expects the usual."""
 DIRECTORY_MODE = 0o700
-AT_ONCE = frozenset({"subvolume", "reflink"})
-"""What captures an image at one moment, whoever writes to it."""
 _STEP_BYTES = 4096
 _LEAST_BLOCK_BYTES = 1024**2
 _NEW_MODE = 0o755
