@@ -21,10 +21,11 @@ from csi_driver.telemetry import logs
 from csi_driver.telemetry.http_endpoint import ALIVE_SECONDS, serve_metrics
 from csi_driver.telemetry.metrics import JobUsage, Metrics, PoolUsage, PrometheusMetrics
 from csi_driver.volumes.assembly import Domain, assemble
+from csi_driver.volumes.leftovers import SweepReport
 from csi_driver.volumes.pool_layout import TRASH
 from csi_driver.volumes.pool_store import PoolStore
 from csi_driver.volumes.promises import Promises
-from csi_driver.volumes.sweeper import Observe, SweepReport
+from csi_driver.volumes.sweeper import Observe
 
 STOP_SECONDS = 20.0
 """How long a stop waits for calls and jobs that run; Kubernetes kills after 30 (terminationGracePeriodSeconds)."""

@@ -7,55 +7,24 @@ Nobody waits for it: a call completes what was cut off at its own id, and is tol
 """
 
 import logging
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
 
-from csi_driver.errors import OperationPending, RecordDamaged, TatamiError, Unavailable
-from csi_driver.linux import files
-from csi_driver.volumes.attempts import trash_staging
+from csi_driver.errors import TatamiError
 from csi_driver.volumes.groups import Groups
-from csi_driver.volumes.handles import GROUP, ID_PATTERN, VOLUME
 from csi_driver.volumes.lapses import Lapses
+from csi_driver.volumes.leftovers import Leftovers, SweepReport
 from csi_driver.volumes.locks import KeyedLocks
-from csi_driver.volumes.model import GroupRecord, Phase, SnapshotRecord, VolumeRecord
 from csi_driver.volumes.orphans import Orphans
-from csi_driver.volumes.parents import remove_empty_parents
-from csi_driver.volumes.pool_layout import GROUPS, MANIFESTS, PARENTS, SNAPSHOTS, STAGING, VOLUMES
 from csi_driver.volumes.pool_store import PoolStore
 from csi_driver.volumes.pools import Pools
 from csi_driver.volumes.reaper import Reaper
-from csi_driver.volumes.records import RecordFolder
 from csi_driver.volumes.removal import SnapshotRemoval, VolumeRemoval
 from csi_driver.volumes.rounds import Rounds
-from csi_driver.volumes.trash import Deletion, unfinished_deletions
 
 _log = logging.getLogger(__name__)
-
-ABANDONED_SECONDS = 24 * 3600.0
-"""After this long, a creation that was cut off and never asked for again will not be: the orchestrator has given up on it."""
-_TEMPORARY_SECONDS = 3600.0
-
-_Record = TypeVar("_Record", VolumeRecord, SnapshotRecord, GroupRecord)
-
-
-@dataclass
-class SweepReport:
-    """What one round did, in things."""
-
-    trash: int = 0
-    staging: int = 0
-    deletions_completed: int = 0
-    creations_abandoned: int = 0
-    parents: int = 0
-    orphans: int = 0
-    failed: int = 0
-
 
 Observe = Callable[[str, float, SweepReport], None]
 """Told of each round: of which pool it was ("": the node's own records), how many seconds it took and what it did."""
@@ -76,13 +45,9 @@ class Sweeper:
         orphans: Orphans | None = None,
     ) -> None:
         self._pools = pools
-        self._locks = locks
-        self._volumes = volumes
-        self._snapshots = snapshots
-        self._groups = groups
-        self._lapses = lapses
         self._orphans = orphans
         self._stop = threading.Event()
+        self._leftovers = Leftovers(locks, volumes, snapshots, groups, lapses, self._stop.is_set)
         self._reaper = Reaper(locks, self._stop.is_set)
         self._rounds: list[Rounds] = []
         self._suspects: dict[str, set[str]] = {}  # by pool, and so each thread's own
@@ -136,7 +101,7 @@ class Sweeper:
 
     def _all_steps(self) -> Sequence[_Step]:
         # The limits last: a volume from another disk is walked file by file, which may take hours.
-        return (self._leftovers, self._empty_trash, self._renew_limits)
+        return (self._sweep_leftovers, self._empty_trash, self._renew_limits)
 
     def _sweep_pool(self, store: PoolStore, report: SweepReport, steps: Sequence[_Step], *, patient: bool) -> None:
         for step in steps:
@@ -152,19 +117,6 @@ class Sweeper:
                 if store.backend.problem() is not None:
                     return  # the other steps would wait for the same
 
-    def _require_more(self, store: PoolStore) -> None:
-        """Go on only while the driver runs and the pool answers. Raises Unavailable."""
-        if self._stop.is_set():
-            raise Unavailable("the driver is shutting down")
-        store.require_answer()
-
-    def _each(self, store: PoolStore, folder: RecordFolder[_Record]) -> Iterator[_Record]:
-        """Read the records that can be read, for as long as there is anybody to read them from. Raises Unavailable, OSError."""
-        for record in folder.each():
-            self._require_more(store)
-            if not isinstance(record, RecordDamaged):
-                yield record
-
     def _sweep_orphans(self, report: SweepReport, *, patient: bool) -> None:
         if self._orphans is None:
             return
@@ -174,17 +126,16 @@ class Sweeper:
             report.failed += 1
             _log.warning("this node's records cannot be swept", extra={"error": str(error)})
 
-    # --- trash --------------------------------------------------------------------------------------------------------------------
-
     def _empty_trash(self, store: PoolStore, report: SweepReport, _patient: bool) -> None:
         removed, failed = self._reaper.empty(store)
         report.trash += removed
         report.failed += failed
-        self._require_more(store)
+        self._leftovers.require_more(store)
 
-    # --- leftovers ----------------------------------------------------------------------------------------------------------------
+    def _renew_limits(self, store: PoolStore, report: SweepReport, _patient: bool) -> None:
+        self._leftovers.renew_limits(store, report)
 
-    def _leftovers(self, store: PoolStore, report: SweepReport, patient: bool) -> None:
+    def _sweep_leftovers(self, store: PoolStore, report: SweepReport, patient: bool) -> None:
         before: set[str] = self._suspects.get(store.name, set())
         seen: set[str] = set()
 
@@ -192,112 +143,5 @@ class Sweeper:
             seen.add(thing)
             return not patient or thing in before
 
-        self._sweep_staging(store, report, stale)
-        self._complete_deletions(store, report, stale)
-        self._complete_volumes(store, report, stale)
-        self._complete_snapshots(store, report)
-        report.parents += remove_empty_parents(store, self._locks, stale)
-        for folder in (VOLUMES, SNAPSHOTS, GROUPS, PARENTS, MANIFESTS):
-            with store.open(folder) as opened:
-                files.remove_leftover_temporaries(opened, _TEMPORARY_SECONDS)
+        self._leftovers.sweep(store, report, stale)
         self._suspects[store.name] = seen
-
-    def _sweep_staging(self, store: PoolStore, report: SweepReport, stale: Callable[[str], bool]) -> None:
-        """Throw away staging that nobody is building: a retry always builds anew."""
-        with store.open(STAGING) as staging:
-            names = os.listdir(staging)
-        for record_id in {name.partition(".")[0] for name in names if stale(name)}:
-            with self._one(store, report), self._hold(store, record_id):
-                trash_staging(store, record_id)
-                report.staging += 1
-
-    def _complete_deletions(self, store: PoolStore, report: SweepReport, stale: Callable[[str], bool]) -> None:
-        """Let the data follow where a deletion was cut off after it had moved the record."""
-        cut_off = [deletion for deletion in unfinished_deletions(store) if stale(deletion.record_name)]
-        # Groups first: what they hold is theirs to delete.
-        for deletion in sorted(cut_off, key=lambda deletion: deletion.kind != GROUP):
-            with self._one(store, report):
-                report.deletions_completed += self._complete_deletion(store, deletion)
-
-    def _complete_deletion(self, store: PoolStore, deletion: Deletion) -> int:
-        if deletion.kind == GROUP:
-            with self._locks.hold(store, f"group:{deletion.record_id}"):
-                return self._groups.complete_removal(store, deletion.record_id)
-        with self._hold(store, deletion.record_id):
-            removal = self._volumes if deletion.kind == VOLUME else self._snapshots
-            return removal.complete(store, deletion.record_id)
-
-    def _complete_volumes(self, store: PoolStore, report: SweepReport, stale: Callable[[str], bool]) -> None:
-        """Finish what says `deleting`, because it is archived, and take back creations that were abandoned."""
-
-        def left_over(record: VolumeRecord) -> bool:
-            return (record.phase is Phase.DELETING and stale(record.token)) or _is_abandoned(record)
-
-        for volume in [record for record in self._each(store, store.volumes) if left_over(record)]:
-            with self._one(store, report), self._hold(store, volume.id):
-                if current := _same(store.volumes, volume):
-                    self._volumes.remove(store, current)
-                    if current.phase is Phase.DELETING:
-                        report.deletions_completed += 1
-                    else:
-                        report.creations_abandoned += 1
-
-    def _complete_snapshots(self, store: PoolStore, report: SweepReport) -> None:
-        """Take back, or complete, creations that were abandoned: groups first, what they hold goes with them."""
-        for group in [record for record in self._each(store, store.groups) if _is_abandoned(record)]:
-            with self._one(store, report), self._locks.hold(store, f"group:{group.id}"):
-                if begun := _same(store.groups, group):
-                    self._groups.remove(store, begun)
-                    report.creations_abandoned += 1
-        alone = (record for record in self._each(store, store.snapshots) if record.group_handle is None)
-        for snapshot in [record for record in alone if _is_abandoned(record)]:
-            with self._one(store, report), self._hold(store, snapshot.id):
-                if found := _same(store.snapshots, snapshot):
-                    self._snapshots.abandon(store, found)
-                    report.creations_abandoned += 1
-
-    def _renew_limits(self, store: PoolStore, report: SweepReport, _patient: bool) -> None:
-        """Hold volumes again whose limits went when quotas were switched off, or that came with their pool from another disk."""
-        for record_id in self._lapses.lost(store):
-            with self._one(store, report), self._hold(store, record_id):
-                current = store.volumes.get(record_id)
-                if current is not None and current.phase is Phase.READY:
-                    renewed = self._lapses.renew(store, current, self._stop.is_set)
-                    if renewed != current:
-                        store.volumes.replace(renewed, self._locks.gate(store, f"volume:{record_id}"))
-                    level = renewed.limit.level if renewed.limit is not None else ""
-                    _log.info("a volume is held to its size again", extra={"volume": current.handle, "limit": level})
-
-    @contextmanager
-    def _one(self, store: PoolStore, report: SweepReport) -> Iterator[None]:
-        """Keep what happens to one thing from the next: it may be in use, then a later round finds it, or beyond our means.
-
-        Raises Unavailable, before anything is done, where there is no next one: the pool does not answer any more, or the driver stops.
-        """
-        self._require_more(store)
-        try:
-            yield
-        except OperationPending:
-            return
-        except (TatamiError, OSError) as error:
-            report.failed += 1
-            _log.warning("a leftover cannot be swept", extra={"pool": store.name, "error": str(error)})
-
-    @contextmanager
-    def _hold(self, store: PoolStore, record_id: str) -> Iterator[None]:
-        """Hold the locks of the volume and of the snapshot that an id may stand for. Raises OperationPending."""
-        with ExitStack() as held:
-            if ID_PATTERN.fullmatch(record_id):
-                held.enter_context(self._locks.hold(store, f"volume:{record_id}"))
-                held.enter_context(self._locks.hold(store, f"snapshot:{record_id}"))
-            yield
-
-
-def _is_abandoned(record: VolumeRecord | SnapshotRecord | GroupRecord) -> bool:
-    return record.phase is Phase.CREATING and record.created_at_ns < time.time_ns() - int(ABANDONED_SECONDS * 1e9)
-
-
-def _same(records: RecordFolder[_Record], seen: _Record) -> _Record | None:
-    """Read a record again, now that it is held; None where it is another by now: who has its id may have been begun anew."""
-    current = records.get(seen.id)
-    return current if current is not None and (current.phase, current.token) == (seen.phase, seen.token) else None

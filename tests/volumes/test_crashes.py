@@ -22,7 +22,7 @@ from trees import fill, seen
 from csi_driver.config import HostPathPool
 from csi_driver.errors import InvalidArgument, NotFound, OperationPending
 from csi_driver.linux.mountinfo import topmost_mount_at
-from csi_driver.volumes import sweeper
+from csi_driver.volumes import leftovers
 from csi_driver.volumes.model import AccessMode, NodePublication, OnDelete, Ownership
 from csi_driver.volumes.parameters import EPHEMERAL
 from csi_driver.volumes.requests import CapacityRange, Page
@@ -329,7 +329,7 @@ def test_a_retry_after_a_kill_at_any_step_completes_what_was_cut_off(new_bench, 
 )
 def test_of_a_creation_that_is_killed_and_never_asked_for_again_nothing_half_made_is_left(new_bench, name, monkeypatch):
     """A snapshot that was whole by then is shown and kept: somebody may have been told that it is ready."""
-    monkeypatch.setattr(sweeper, "ABANDONED_SECONDS", -1.0)
+    monkeypatch.setattr(leftovers, "ABANDONED_SECONDS", -1.0)
     story = STORIES[name]
     bench, given, before = None, None, {}
 
@@ -397,7 +397,7 @@ def test_a_deletion_that_was_killed_never_takes_what_has_its_directory_now(new_b
 
 
 def test_a_creation_that_was_killed_never_takes_or_removes_what_has_its_directory_now(new_bench, monkeypatch):
-    monkeypatch.setattr(sweeper, "ABANDONED_SECONDS", -1.0)
+    monkeypatch.setattr(leftovers, "ABANDONED_SECONDS", -1.0)
     bench = None
 
     def start(_change: int) -> Callable[[], object]:

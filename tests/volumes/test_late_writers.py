@@ -16,9 +16,9 @@ from csi_driver.errors import LockLost, NotFound, OperationPending, Unavailable
 from csi_driver.linux.files import OPEN
 from csi_driver.volumes import snapshots
 from csi_driver.volumes.jobs import JobControl
+from csi_driver.volumes.leftovers import ABANDONED_SECONDS
 from csi_driver.volumes.model import AccessMode, NodePublication, OnDelete, Phase
 from csi_driver.volumes.requests import CapacityRange, CreateSnapshot
-from csi_driver.volumes.sweeper import ABANDONED_SECONDS
 
 ONE_NODE = AccessMode.SINGLE_NODE_MULTI_WRITER
 

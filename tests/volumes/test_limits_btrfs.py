@@ -94,7 +94,7 @@ def test_a_volume_that_was_in_use_when_the_limits_were_set_again_is_not_forgotte
     switch_off(held.disk)
     switch_on(held.disk)
     busy = max(volumes, key=lambda volume: volume.record.id)
-    with held.bench.domain.sweeper._locks.hold(held.bench.pool(), f"volume:{busy.record.id}"):
+    with held.bench.domain.services.snapshots._locks.hold(held.bench.pool(), f"volume:{busy.record.id}"):
         held.bench.sweep()
     assert [held.held_to(volume) is not None and held.held_to(volume)[0] for volume in volumes if volume is not busy] == [
         SIZE

@@ -17,7 +17,7 @@ from crash import runs_to_its_end
 
 from csi_driver.config import HostPathPool
 from csi_driver.errors import RecordDamaged
-from csi_driver.volumes import sweeper
+from csi_driver.volumes import leftovers
 from csi_driver.volumes.model import Ownership
 
 pytestmark = [pytest.mark.root, pytest.mark.minutes]
@@ -96,7 +96,7 @@ def test_a_power_cut_at_any_step_of_a_creation_loses_no_answer_and_leaves_nothin
             nothing_is_left(bench, directory)
 
         def abandoned() -> None:
-            sweeper.ABANDONED_SECONDS = -1.0
+            leftovers.ABANDONED_SECONDS = -1.0
             bench = a_driver_on(place)
             nothing_is_left(bench, directory)
             is_whole(bench, create(bench, directory))

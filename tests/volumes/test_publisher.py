@@ -70,7 +70,7 @@ def test_a_volume_that_is_just_being_staged_is_not_deleted(bench, volume, handle
 
 
 def test_a_volume_that_is_just_being_deleted_is_not_staged(bench, handle):
-    with bench.domain.sweeper._locks.hold(bench.pool(), f"content:{handle.rpartition('.')[2]}"):
+    with bench.domain.services.snapshots._locks.hold(bench.pool(), f"content:{handle.rpartition('.')[2]}"):
         for node in (bench, bench.restarted()):
             with pytest.raises(OperationPending):
                 node.stage(handle)

@@ -16,9 +16,9 @@ from csi_driver.errors import OperationPending
 from csi_driver.linux.files import OPEN
 from csi_driver.volumes import reaper
 from csi_driver.volumes.handles import SNAPSHOT, VOLUME
+from csi_driver.volumes.leftovers import ABANDONED_SECONDS
 from csi_driver.volumes.model import Phase
 from csi_driver.volumes.requests import CreateSnapshot, Page
-from csi_driver.volumes.sweeper import ABANDONED_SECONDS
 
 LONG_AGO = int((time.time() - ABANDONED_SECONDS - 60) * 1e9)
 
@@ -115,7 +115,7 @@ def test_one_thing_that_is_in_use_does_not_keep_the_others_from_being_swept(benc
     for volume in volumes:
         (bench.path(volume) / "leased").touch()
         with_phase(bench, volume, Phase.DELETING)
-    locks = bench.domain.sweeper._locks
+    locks = bench.domain.services.snapshots._locks
     first = min(volumes, key=lambda volume: volume.record.id)
     with locks.hold(bench.pool(), f"content:{first.record.id}"):
         report = bench.sweep()
@@ -136,7 +136,7 @@ def test_a_group_that_is_in_use_does_not_keep_the_rest_from_being_swept(bench):
     snapshot = bench.snapshot("s", volume).record
     begun_long_ago(bench, group)
     bench.pool().snapshots.replace(replace(snapshot, phase=Phase.CREATING, created_at_ns=LONG_AGO), OPEN)
-    with bench.domain.sweeper._locks.hold(bench.pool(), f"group:{group.record.id}"):
+    with bench.domain.services.snapshots._locks.hold(bench.pool(), f"group:{group.record.id}"):
         assert bench.sweep().creations_abandoned == 1
         assert bench.pool().snapshots.get(snapshot.id).phase is Phase.READY
     assert bench.sweep().creations_abandoned == 1
@@ -149,7 +149,7 @@ def test_a_group_that_was_begun_anew_while_the_old_one_was_to_be_taken_back_stay
     handles = [bench.create("v").record.handle]
     begun_long_ago(bench, bench.groups.create("g", handles, time.monotonic() + 30))
     of_group = lambda _store, key: key.startswith("group:")  # noqa: E731
-    slow = Slow(monkeypatch, bench.domain.sweeper._locks, "hold", bench.sweep, of_group)
+    slow = Slow(monkeypatch, bench.domain.services.snapshots._locks, "hold", bench.sweep, of_group)
     other = bench.restarted()
     other.groups.delete(other.groups.create("g", handles, time.monotonic() + 30).record.handle, [])
     anew = other.groups.create("g", handles, time.monotonic() + 30)
@@ -198,7 +198,9 @@ def test_what_one_controller_removes_from_the_trash_no_other_one_touches(bench, 
 
 def test_what_another_controller_has_removed_from_the_trash_meanwhile_is_not_counted_again(bench, monkeypatch):
     bench.volumes.delete(bench.create("v").record.handle)
-    slow = Slow(monkeypatch, bench.domain.sweeper._locks, "hold", bench.sweep, lambda _store, key: key.startswith("trash:"))
+    slow = Slow(
+        monkeypatch, bench.domain.services.snapshots._locks, "hold", bench.sweep, lambda _store, key: key.startswith("trash:")
+    )
     assert bench.restarted().sweep().trash == 1
     report = slow.go_on()
     assert (report.trash, report.failed) == (0, 0)
