@@ -727,6 +727,45 @@ def test_a_tree_deeper_than_any_path_is_copied_with_its_hard_links(plain_room):
     assert (plain_room / "target" / "first").stat().st_nlink == 1 + depth // 500
 
 
+# In a process of its own, that has nothing else open.
+BY_A_CREW = """
+import os, resource, sys
+from csi_driver.linux import copies
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[3]),) * 2)
+source, target = (os.open(path, os.O_RDONLY | os.O_DIRECTORY) for path in sys.argv[1:3])
+report = copies.copy_tree(source, target, workers=16)
+print(report.files, report.directories, report.not_carried, len(os.listdir("/proc/self/fd")))
+"""
+
+
+@pytest.mark.parametrize(("files", "limit"), [(6, 256), (1, 400)])
+def test_a_crew_needs_no_more_descriptors_in_a_deep_tree(plain_room, files, limit):
+    """Most of all where each waiting file lies in another directory: two for each of 80."""
+    (plain_room / "source").mkdir()
+    (plain_room / "target").mkdir()
+    here = open_directory(plain_room / "source")
+    depth = 600
+    for level in range(depth):
+        for number in range(files):
+            # Whether a name is read before its neighbour "next" follows from the name.
+            file = os.open(f"file-{level}-{number}", os.O_WRONLY | os.O_CREAT, 0o600, dir_fd=here)
+            os.write(file, b"content")
+            os.close(file)
+        os.mkdir("next", dir_fd=here)
+        below = os.open("next", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+    done = subprocess.run(
+        [sys.executable, "-c", BY_A_CREW, plain_room / "source", plain_room / "target", str(limit)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # Of its own it has the standard three, both tops, and the one that lists them.
+    assert done.stdout == f"{files * depth} {depth + 1} {{}} 6\n", done.stderr
+
+
 @pytest.mark.minutes
 def linked(top, number, where=("one", "two")):
     """Make files that have a name in each of these directories."""
