@@ -14,8 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Self
 
-from csi_driver.linux.carriers import Carrier, Folder
+from csi_driver.linux.carriers import Carrier
 from csi_driver.linux.fidelity import Births
+from csi_driver.linux.folders import Folder
 
 _WAITING_PER_WORKER = 4
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from csi_driver.errors import OperationPending
-from csi_driver.linux import beneath
+from csi_driver.linux import beneath, staleness
 from csi_driver.linux.system_calls import DirectoryEntry, DirectoryReader
 
 _OPEN_LEVELS = 64
@@ -26,10 +26,11 @@ class WalkStopped(OperationPending):
 
 @dataclass(slots=True)
 class Level:
-    """One directory of the way down. `descriptor` is -1 while it is closed."""
+    """One directory of the way down. `descriptor` is -1 while it is closed; `handle` as `staleness.is_gone` has it."""
 
     name: bytes
     descriptor: int
+    handle: bytes | None = None
     identity: tuple[int, int] = (0, 0)
     position: int = 0
     pending: list[DirectoryEntry] = field(default_factory=list)
@@ -59,7 +60,10 @@ class Walk:
         return b"/".join([*(level.name for level in self._levels[1:]), name])
 
     def entries(self) -> Iterator[DirectoryEntry]:
-        """Yield the current directory's entries that were not yielded yet. Begin anew after each `enter` and `leave`."""
+        """Yield the current directory's entries that were not yielded yet. Begin anew after each `enter` and `leave`.
+
+        One that was removed meanwhile has none. Raises OSError; ESTALE where a server knows a directory no more that was not removed.
+        """
         level = self._levels[-1]
         while True:
             if not level.pending:
@@ -75,13 +79,20 @@ class Walk:
             return self._reader.read(descriptor)
         except OSError as error:
             # Somebody removed the directory while we stood in it: it holds nothing any more. The top is the caller's concern.
-            if self.depth and error.errno in {errno.ENOENT, errno.ESTALE}:
+            if self.depth and (error.errno == errno.ENOENT or (error.errno == errno.ESTALE and self._is_gone())):
                 return []
             raise
 
-    def enter(self, name: bytes, descriptor: int) -> None:
-        """Go down into the subdirectory that the caller has opened; the descriptor is the walk's from now on."""
-        self._levels.append(Level(name, descriptor))
+    def _is_gone(self) -> bool:
+        way = [level.name for level in self._levels[1:]]
+        return staleness.is_gone(self._levels[0].descriptor, way, self._levels[-1].handle)
+
+    def enter(self, name: bytes, descriptor: int, handle: bytes | None = None) -> None:
+        """Go down into the subdirectory that the caller has opened; the descriptor is the walk's from now on.
+
+        On NFS its `system_calls.file_handle` tells it from another directory that takes its place, if it is removed meanwhile.
+        """
+        self._levels.append(Level(name, descriptor, handle))
         hidden = len(self._levels) - 1 - _OPEN_LEVELS
         # It may be closed already: the walk has come up from further down, and goes down once more.
         if hidden > 0 and self._levels[hidden].descriptor >= 0:

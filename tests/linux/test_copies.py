@@ -21,8 +21,9 @@ import pytest
 
 from csi_driver.errors import FailedPrecondition
 from csi_driver.linux import beneath, copies, inode_flags, tree_removal, trees
-from csi_driver.linux.carriers import Carrier, Folder, Shared
+from csi_driver.linux.carriers import Carrier, Shared
 from csi_driver.linux.contents import METHODS
+from csi_driver.linux.folders import Folder
 from csi_driver.linux.hard_links import HardLinks, Place
 from csi_driver.linux.walk import WalkStopped
 
@@ -341,6 +342,7 @@ def test_a_name_that_is_taken_in_the_copy_is_left_as_it_is_over_a_network_too(no
         METHODS,
         lambda: False,
         beneath.Patience(),
+        ends[0],
         over_network=True,
         openable=True,
     )
@@ -364,7 +366,7 @@ def test_a_device_in_place_of_a_file_is_opened_on_no_mount(mount_room, nodev_roo
                 beneath.open_file(ends[0], b"name")
         links = HardLinks(ends[1])
         shared = Shared(
-            copies.Progress(), links, threading.Lock(), METHODS, lambda: False, beneath.Patience(), openable=openable
+            copies.Progress(), links, threading.Lock(), METHODS, lambda: False, beneath.Patience(), ends[0], openable=openable
         )
         Carrier(shared).carry(Folder(*ends, os.fstat(ends[0]), Place(b"", None)), b"name", 8, enter=False)
         assert stat.S_ISCHR((room / "target" / "name").stat().st_mode)
