@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from csi_driver.errors import FailedPrecondition, quoted
 from csi_driver.linux import beneath
-from csi_driver.linux.contents import ContentLadder, Method
+from csi_driver.linux.contents import ContentLadder, HolesUntold, Method
 from csi_driver.linux.fidelity import InodeFidelity
 from csi_driver.linux.folders import Folder, is_folder_gone, is_gone, take_back
 from csi_driver.linux.hard_links import HardLinks, Place
@@ -94,7 +95,8 @@ class Carrier:
         What is removed by another client of a server meanwhile counts as vanished, and nothing of it is left; what is there still, or
         again, is carried anew.
         Raises OSError (EAGAIN: write leases outlast the patience that all carriers share; ESTALE: the server knows something no more
-        that it still has, or that is replaced as fast as it is read), Unavailable, WalkStopped.
+        that it still has, or that is replaced as fast as it is read), FailedPrecondition (too many hard links; a file that is mostly
+        holes, and nobody tells where), Unavailable, WalkStopped.
         """
         try:
             if kind == _REGULAR and self._shared.openable and self._by_name(folder, name):
@@ -236,6 +238,12 @@ class Carrier:
                 self._shared.links.hold(folder.place, name, flags & HOLDING)  # no link can be made to it once they are set
                 flags &= ~HOLDING
             self._fidelity.set_flags(target, flags, before_content=False)
+        except HolesUntold as error:
+            path = quoted(folder.place.path_of(name), 400)
+            raise FailedPrecondition(
+                f"{path} cannot be copied: {error}; mount the pool with NFS 4.2 if its server has it, or make the file shorter "
+                "(truncate(1)) or remove it, and try again"
+            ) from error
         except OSError as error:
             # At once: another name of the inode must not be linked to a part of it.
             if take_back(folder, name, error, os.unlink):

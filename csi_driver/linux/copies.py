@@ -89,7 +89,7 @@ def copy_tree(
     default a minute. Nothing is synced: `system_calls.sync_filesystem(target_fd)` does it at once for all.
     Raises WalkStopped; OSError for what is no matter of the target's abilities (EIO, ENOSPC, EDQUOT, EACCES; EAGAIN where leases
     outlast the patience; ENOTEMPTY for a target that is not empty; ESTALE when a directory more than 64 levels deep was moved away
-    meanwhile, or a server does not know what it still has); Unavailable. The target is then a torso.
+    meanwhile, or a server does not know what it still has); FailedPrecondition and Unavailable (carriers.py). The target is then a torso.
     """
     copy = _Copy(progress or Progress(), methods, should_stop or (lambda: False), workers, patience or beneath.Patience())
     with private_view(source_fd) as (source, openable), beneath.opened_again(target_fd) as target:

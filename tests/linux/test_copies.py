@@ -687,6 +687,89 @@ def test_the_top_stays_movable_when_the_source_is_immutable(plain_room):
     (plain_room / "target").rename(plain_room / "moved")
 
 
+# --- holes that nobody tells of ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def untold_holes(monkeypatch):
+    """What NFS before 4.2 answers to SEEK_DATA and SEEK_HOLE: all is data, up to the end."""
+    seek = os.lseek
+
+    def tell_nothing(descriptor, position, how):
+        if how == os.SEEK_DATA:
+            return position
+        return os.fstat(descriptor).st_size if how == os.SEEK_HOLE else seek(descriptor, position, how)
+
+    monkeypatch.setattr(os, "lseek", tell_nothing)
+
+
+SPARSE = {
+    "both ends": {0: 10_000, 32 * MIB - 3: 5000, 64 * MIB - 5000: 5000},
+    "the middle": {20 * MIB + 1: 4096},
+    "a beginning": {0: 1},
+    "nothing": {},
+    "a whole piece": {5 * MIB: MIB},
+}
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_holes_that_nobody_tells_of_stay_holes(plain_room, untold_holes, workers):
+    size = 64 * MIB
+    (plain_room / "source").mkdir()
+    for name, places in SPARSE.items():
+        with (plain_room / "source" / name).open("wb") as file:
+            for start, length in places.items():
+                file.seek(start)
+                file.write(os.urandom(length))
+            file.truncate(size)
+    report = copy(plain_room / "source", plain_room / "target", methods=("copy_file_range",), workers=workers)
+    assert report.method == "copy"
+    allowed = sum(length + 2 * 4096 for places in SPARSE.values() for length in places.values())
+    assert report.bytes <= allowed
+    for name in SPARSE:
+        ends = [(plain_room / where / name) for where in ("source", "target")]
+        assert ends[1].stat().st_size == size
+        assert ends[1].stat().st_blocks <= ends[0].stat().st_blocks
+        assert ends[0].read_bytes() == ends[1].read_bytes()
+
+
+def test_reading_zeros_stops_when_it_shall(plain_room, untold_holes):
+    (plain_room / "source").mkdir()
+    with (plain_room / "source" / "hole").open("wb") as file:
+        file.truncate(64 * MIB)
+    asked = []
+    with pytest.raises(WalkStopped):
+        copy(plain_room / "source", plain_room / "target", should_stop=lambda: asked.append(1) or len(asked) > 10)
+    assert len(asked) == 11
+
+
+def test_a_file_with_untold_holes_that_shrinks_is_copied_as_far_as_it_goes(plain_room, untold_holes):
+    (plain_room / "source").mkdir()
+    hole = plain_room / "source" / "hole"
+    with hole.open("wb") as file:
+        file.truncate(64 * MIB)
+    asked = []
+    copy(
+        plain_room / "source",
+        plain_room / "target",
+        should_stop=lambda: asked.append(1) or (len(asked) == 10 and os.truncate(hole, 30 * MIB + 5)),
+    )
+    assert (plain_room / "target" / "hole").stat().st_size == 30 * MIB + 5
+
+
+@pytest.mark.root
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_file_of_untold_holes_larger_than_the_disk_is_refused_by_name(mount_room, untold_holes, workers):
+    room = os.statvfs(mount_room)
+    size = room.f_blocks * room.f_frsize + 1
+    (mount_room / "source" / "below").mkdir(parents=True)
+    with (mount_room / "source" / "below" / "absurd").open("wb") as file:
+        file.truncate(size)
+    with pytest.raises(FailedPrecondition, match=rf"'below/absurd'.* {size} bytes .*4\.2"):
+        copy(mount_room / "source", mount_room / "target", workers=workers)
+
+
 # --- size --------------------------------------------------------------------------------------------------------------------------
 
 

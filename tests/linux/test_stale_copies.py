@@ -201,7 +201,7 @@ def test_a_copy_that_goes_stale_itself_fails(server, source, workers):
         (source / "large").unlink()
         server.forget(source.with_name("target"))
 
-    with pytest.raises(OSError) as caught:  # noqa: PT011 - by its errno
+    with pytest.raises(OSError) as caught:
         copied(source, workers, At(forget, 2 * MIB))
     assert caught.value.errno == errno.ESTALE
 
