@@ -121,13 +121,20 @@ class Carrier:
 
         Of one that is gone meanwhile (NFS) what was copied stays, for all of it is whole.
         """
-        try:
-            self._finish(folder)
-        except OSError as error:
-            if error.errno != errno.ESTALE or not is_folder_gone(folder, self._shared.source_top):
-                raise
-            self._fidelity.carry_remembered(folder.target, folder.status)
-            self.not_carried["vanished"] += 1
+        for left in reversed(range(_TRIES_WHEN_STALE)):
+            try:
+                self._finish(folder)
+                break
+            except OSError as error:
+                error.filename = folder.place.path_of(b"")
+                if error.errno != errno.ESTALE:
+                    raise
+                if is_folder_gone(folder, self._shared.source_top):
+                    self._fidelity.carry_remembered(folder.target, folder.status)
+                    self.not_carried["vanished"] += 1
+                    break
+                if not left:
+                    raise
         self._shared.progress.add_directory()
 
     def _finish(self, folder: Folder) -> None:

@@ -7,6 +7,7 @@ releases the interpreter lock, sets O_CLOEXEC, and raises OSError with the kerne
 """
 
 import ctypes
+import errno
 import os
 import struct
 from typing import NamedTuple
@@ -20,7 +21,7 @@ _AT_EMPTY_PATH = 0x1000
 _AT_SYMLINK_NOFOLLOW = 0x100
 _AT_NO_AUTOMOUNT = 0x800
 _AT_STATX_FORCE_SYNC = 0x2000
-_STATX_TYPE = 0x1
+_STATX_BASIC = 0x7FF  # NFS asks its server for none of the immutable ones alone
 _STATX_BASIC_BTIME_MNT_ID = 0x7FF | 0x800 | 0x1000
 STATX_MNT_ID = 0x1000
 
@@ -138,13 +139,15 @@ class InodeReader:
 
 
 def require_current(descriptor: int) -> None:
-    """Have a file's server itself say that the file is still there, whatever is remembered of it (statx(2), AT_STATX_FORCE_SYNC).
+    """Have the server itself say that a directory is still there, whatever is remembered of it (statx(2), AT_STATX_FORCE_SYNC).
 
-    Raises OSError, ESTALE where it is not.
+    Raises OSError, ESTALE where it is not, or has no name any more: then it will be stale soon.
     """
     buffer = ctypes.create_string_buffer(256)
-    if _statx(descriptor, b"", _AT_EMPTY_PATH | _AT_NO_AUTOMOUNT | _AT_STATX_FORCE_SYNC, _STATX_TYPE, buffer) < 0:
+    if _statx(descriptor, b"", _AT_EMPTY_PATH | _AT_NO_AUTOMOUNT | _AT_STATX_FORCE_SYNC, _STATX_BASIC, buffer) < 0:
         raise _failure()
+    if not struct.unpack_from("=I", buffer, 16)[0]:  # stx_nlink
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
 
 _HANDLE = struct.Struct("=Ii")  # struct file_handle
