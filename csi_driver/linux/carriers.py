@@ -4,8 +4,8 @@ A carrier knows two open directories and a name, and nothing of the walk. It bel
 in common is `Shared`.
 
 Where each step may be a round trip to a server (`Shared.over_network`), two are saved per small file: it is opened by its name,
-not pinned first, where opening can start no device; and its copy is made without O_EXCL, which NFS pays for with a SETATTR of its
-own. Nothing is given up for it: a descriptor tells what was opened, and an empty file with one name is as good as a new one.
+not pinned first, where opening can start no device; and its copy is made without O_EXCL (folders.py). Nothing is given up for it: a
+descriptor tells what was opened.
 """
 
 import errno
@@ -21,14 +21,12 @@ from csi_driver.errors import FailedPrecondition, quoted
 from csi_driver.linux import beneath
 from csi_driver.linux.contents import ContentLadder, HolesUntold, Method
 from csi_driver.linux.fidelity import InodeFidelity
-from csi_driver.linux.folders import Folder, is_folder_gone, is_gone, take_back
+from csi_driver.linux.folders import Folder, is_folder_gone, is_gone, new_file, take_back
 from csi_driver.linux.hard_links import HardLinks, Place
 from csi_driver.linux.inode_flags import HOLDING
 from csi_driver.linux.system_calls import file_handle, magic_link
 
 _REGULAR = 8  # DT_REG
-_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-_NEW_OR_EMPTY_FILE = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
 _LINK_REFUSED = frozenset({errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.ENOSYS})
 _TRIES_WHEN_STALE = 5
 _NODE_REFUSED = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
@@ -102,11 +100,12 @@ class Carrier:
             if kind == _REGULAR and self._shared.openable and self._by_name(folder, name):
                 return None
             return self._pinned(folder, name, enter=enter)
-        except FileExistsError:
+        except FileExistsError as error:
             # A directory that changes while it is read may yield one name twice: what it was the first time is copied.
-            if tries < _TRIES_WHEN_STALE:
-                raise  # or it is what a try before this one has left
-            return None
+            if tries == _TRIES_WHEN_STALE:
+                return None
+            path = folder.place.path_of(name)  # but it may also be what a try before this one has left
+            raise OSError(errno.ESTALE, "the copy was begun, and it is not known how far it came", path) from error
         except OSError as error:
             if error.errno == errno.ESTALE and tries > 1:
                 if not is_gone(folder, name, self._shared.source_top):
@@ -234,7 +233,7 @@ class Carrier:
         self._shared.progress.add_file()
 
     def _file(self, source: int, folder: Folder, name: bytes, status: os.stat_result) -> None:
-        target, made = self._new_file(folder, name, status.st_mode & 0o777)
+        target, made = new_file(folder, name, status.st_mode & 0o777, over_network=self._shared.over_network)
         self._bytes_of_file = 0
         try:
             flags = self._fidelity.read_flags(source)
@@ -262,27 +261,6 @@ class Carrier:
     def _add_bytes(self, count: int) -> None:
         self._bytes_of_file += count
         self._shared.progress.add_bytes(count)
-
-    def _new_file(self, folder: Folder, name: bytes, mode: int) -> tuple[int, os.stat_result | None]:
-        """Make a file and open it for writing; also what it was made as, where that had to be asked anyway.
-
-        Raises OSError, EEXIST where the name is taken.
-        """
-        if not self._shared.over_network:
-            return os.open(name, _NEW_FILE, mode, dir_fd=folder.target), None
-        try:
-            target = os.open(name, _NEW_OR_EMPTY_FILE, mode, dir_fd=folder.target)
-        except OSError:  # EISDIR, ELOOP, ENXIO: the name is taken, and this way says so by its right name
-            return os.open(name, _NEW_FILE, mode, dir_fd=folder.target), None
-        try:
-            made = os.fstat(target)
-        except OSError:
-            os.close(target)
-            raise
-        if not stat.S_ISREG(made.st_mode) or made.st_nlink != 1 or made.st_size:
-            os.close(target)
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)
-        return target, made
 
     def _node(self, pinned: int, folder: Folder, name: bytes, status: os.stat_result) -> None:
         """Copy a symlink, fifo, socket or device: never opened, on either side."""

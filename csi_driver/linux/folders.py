@@ -1,7 +1,10 @@
-"""A directory that is being copied, and what became of it, or of something in it, where another client of its server removes it meanwhile."""
+"""A directory that is being copied: making files in it and taking them back, and what became of it, or of something in it, where another
+client of its server removes it meanwhile.
+"""
 
 import errno
 import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -10,6 +13,9 @@ from csi_driver.linux import beneath, staleness
 from csi_driver.linux.fidelity import Births
 from csi_driver.linux.hard_links import Place
 from csi_driver.linux.system_calls import require_current
+
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+_NEW_OR_EMPTY_FILE = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 @dataclass(slots=True)
@@ -55,6 +61,32 @@ def is_folder_gone(folder: Folder, source_top: int) -> bool:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), folder.place.path_of(b""))
         folder.is_gone = True
     return folder.is_gone
+
+
+def new_file(folder: Folder, name: bytes, mode: int, *, over_network: bool) -> tuple[int, os.stat_result | None]:
+    """Make a file and open it for writing; also what it was made as, where that had to be asked anyway.
+
+    Over a network O_EXCL is spared, which NFS pays for with a SETATTR of its own: an empty file with one name is as good as a new one.
+    Raises OSError, EEXIST where the name is taken.
+    """
+    if not over_network:
+        return os.open(name, _NEW_FILE, mode, dir_fd=folder.target), None
+    try:
+        target = os.open(name, _NEW_OR_EMPTY_FILE, mode, dir_fd=folder.target)
+    except OSError as error:
+        if error.errno == errno.ESTALE:  # it may have been made, and is no other's then
+            raise
+        # EISDIR, ELOOP, ENXIO: the name is taken, and this way says so by its right name.
+        return os.open(name, _NEW_FILE, mode, dir_fd=folder.target), None
+    try:
+        made = os.fstat(target)
+    except OSError:
+        os.close(target)
+        raise
+    if not stat.S_ISREG(made.st_mode) or made.st_nlink != 1 or made.st_size:
+        os.close(target)
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)
+    return target, made
 
 
 def take_back(folder: Folder, name: bytes, error: OSError, remove: Callable[..., None]) -> bool:

@@ -14,7 +14,7 @@ import threading
 import pytest
 from test_copies import MIB, copy, differences, manifest
 
-from csi_driver.linux import copies, system_calls
+from csi_driver.linux import copies, staleness, system_calls
 
 NFS = 0x6969
 
@@ -225,6 +225,56 @@ def test_what_a_server_forgets_for_a_moment_is_carried_or_fails_the_copy_but_is_
         server.forgotten.clear()
         shutil.rmtree(source.with_name("target"))
     assert whole or forgotten != "."
+
+
+def test_a_file_of_whose_making_nothing_is_known_is_carried_or_fails_the_copy(server, source, workers, monkeypatch):
+    """The server made it, and something else went stale before that was told."""
+    lost, opened = [], os.open
+
+    def lose_an_answer(path, flags, *arguments, **keywords):
+        descriptor = opened(path, flags, *arguments, **keywords)
+        if path == b"large" and flags & os.O_CREAT and not lost:
+            lost.append(os.close(descriptor))
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return descriptor
+
+    monkeypatch.setattr(os, "open", lose_an_answer)
+    try:
+        target, _ = copied(source, workers)
+    except OSError as error:
+        if error.errno != errno.ESTALE:
+            raise
+    else:
+        assert differences(described(target), described(source)) == set()
+    assert lost
+
+
+def test_a_directory_is_gone_or_not_whatever_happens_on_the_way_to_it(server, tmp_path):
+    way = tmp_path / "a" / "b" / "c"
+    way.mkdir(parents=True)
+    top, held = (os.open(path, os.O_RDONLY | os.O_DIRECTORY) for path in (tmp_path, way))
+    names, handle = [b"a", b"b", b"c"], system_calls.file_handle(held)
+    server.forget(way.parent, 1)  # removed and made anew right after it was looked up
+    assert not staleness.is_gone(top, names, handle)
+    server.forget(way.parent)
+    with pytest.raises(OSError) as caught:
+        staleness.is_gone(top, names, handle)
+    assert caught.value.errno == errno.ESTALE
+    server.forgotten.clear()
+    way.rmdir()
+    assert staleness.is_gone(top, names, handle)
+    assert staleness.is_stale(held)
+    way.mkdir()
+    assert staleness.is_gone(top, names, handle)
+    assert not staleness.is_gone(top, names, None)
+    way.rmdir()
+    way.symlink_to("/")
+    assert staleness.is_gone(top, names, handle)
+    way.parent.rename(tmp_path / "a" / "elsewhere")
+    assert staleness.is_gone(top, names, handle)
+    assert not staleness.is_stale(top)
+    os.close(top)
+    os.close(held)
 
 
 @pytest.mark.parametrize("what", ["directory", "directory/below"])
