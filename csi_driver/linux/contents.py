@@ -64,12 +64,15 @@ class ContentLadder:
         reached = 0
         method: Method | None = None
         writeback = SteadyWriteback(target)
-        extents = iter(self._extents(source, size, allocated))
-        first = next(extents, None)
-        if allocated < size and first == (0, size):
-            self._carry_all_but_zeros(source, target, size, allocated, carried, writeback)
-            return
-        for start, end in chain([first] if first else [], extents):
+        extents = self._extents(source, size, allocated)
+        if allocated < size:  # there are holes, or the content lies elsewhere than in blocks
+            told = iter(extents)
+            first = next(told, None)
+            if first == (0, size):
+                self._carry_all_but_zeros(source, target, size, allocated, carried, writeback)
+                return
+            extents = chain([first] if first else [], told)
+        for start, end in extents:
             reached, method = self._carry_extent(source, target, start, end, carried, writeback)
             if reached < end:  # somebody made it shorter meanwhile: what is gone is not there
                 size = reached
