@@ -24,7 +24,7 @@ from csi_driver.linux.fidelity import InodeFidelity
 from csi_driver.linux.folders import Folder, is_folder_gone, is_gone, new_file, take_back
 from csi_driver.linux.hard_links import HardLinks, Place
 from csi_driver.linux.inode_flags import HOLDING
-from csi_driver.linux.system_calls import file_handle, magic_link
+from csi_driver.linux.system_calls import magic_link
 
 _REGULAR = 8  # DT_REG
 _LINK_REFUSED = frozenset({errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.ENOSYS})
@@ -46,7 +46,7 @@ class Shared:
 
     `over_network`: spare round trips. No two carriers may be given the same name of one directory at the same time then.
     `openable`: a source may be opened by its name, for devices are never started there (a mount with nodev, mount(8)).
-    `may_go_stale`: the source is on NFS; `source_top` is the top directory of it, open as long as anybody carries.
+    `source_top`: the top directory of the source, open as long as anybody carries.
     """
 
     progress: Counts
@@ -58,7 +58,6 @@ class Shared:
     source_top: int
     over_network: bool = False
     openable: bool = False
-    may_go_stale: bool = False
 
 
 class Carrier:
@@ -153,8 +152,7 @@ class Carrier:
         except BaseException:
             os.close(source)
             raise
-        handle = file_handle(source) if self._shared.may_go_stale else None
-        return Folder(source, target, status, Place(name, folder.place), handle=handle)
+        return Folder(source, target, status, Place(name, folder.place))
 
     def _made_directory(self, folder: Folder, name: bytes) -> int:
         try:

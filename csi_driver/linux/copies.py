@@ -23,10 +23,8 @@ from csi_driver.linux.crews import Crew
 from csi_driver.linux.folders import Folder
 from csi_driver.linux.hard_links import HardLinks, Place
 from csi_driver.linux.private_views import private_view
-from csi_driver.linux.system_calls import filesystem_type
 from csi_driver.linux.walk import Walk, WalkStopped
 
-_NFS_MAGIC = 0x6969
 _MAY_BE_DIRECTORY = frozenset({0, 4})  # DT_UNKNOWN, DT_DIR
 
 
@@ -123,7 +121,6 @@ class _Copy:
             self._patience,
             source_fd,
             openable=openable,
-            may_go_stale=filesystem_type(source_fd) == _NFS_MAGIC,
         )
         carrier = self._carrier(shared)
         with Walk(source_fd) as source, Walk(target_fd) as target:
@@ -159,7 +156,8 @@ class _Copy:
                     continue
                 inside = carrier.carry(folder, name, kind, enter=True)
                 if inside is not None:
-                    source.enter(name, inside.source, inside.handle)
+                    source.enter(name, inside.source)
+                    inside.handle = source.handle
                     target.enter(name, inside.target)
                     entered.append(inside)
                     break

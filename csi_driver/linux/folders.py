@@ -22,7 +22,7 @@ _NEW_OR_EMPTY_FILE = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
 class Folder:
     """A directory that is being copied: both ends, open; the source's status from before; its place in the copy.
 
-    `handle` is what tells the source from others on NFS; `is_gone`: it was removed meanwhile.
+    `handle` is the source's (`Walk.handle`); `is_gone`: it was removed meanwhile.
     """
 
     source: int

@@ -15,9 +15,10 @@ from typing import Self
 
 from csi_driver.errors import OperationPending
 from csi_driver.linux import beneath, staleness
-from csi_driver.linux.system_calls import DirectoryEntry, DirectoryReader
+from csi_driver.linux.system_calls import DirectoryEntry, DirectoryReader, file_handle, filesystem_type
 
 _OPEN_LEVELS = 64
+_NFS_MAGIC = 0x6969
 
 
 class WalkStopped(OperationPending):
@@ -26,7 +27,7 @@ class WalkStopped(OperationPending):
 
 @dataclass(slots=True)
 class Level:
-    """One directory of the way down. `descriptor` is -1 while it is closed; `handle` as `staleness.is_gone` has it."""
+    """One directory of the way down. `descriptor` is -1 while it is closed."""
 
     name: bytes
     descriptor: int
@@ -43,12 +44,18 @@ class Walk:
         """Start at the directory; its read offset is ours until the walk ends."""
         self._levels = [Level(b"", top_fd)]
         self._reader = DirectoryReader()
+        self._may_go_stale = filesystem_type(top_fd) == _NFS_MAGIC
         os.lseek(top_fd, 0, os.SEEK_SET)
 
     @property
     def descriptor(self) -> int:
         """The current directory."""
         return self._levels[-1].descriptor
+
+    @property
+    def handle(self) -> bytes | None:
+        """What tells the current directory from another that takes its place (`staleness.is_gone`); on NFS only, never of the top."""
+        return self._levels[-1].handle
 
     @property
     def depth(self) -> int:
@@ -87,12 +94,9 @@ class Walk:
         way = [level.name for level in self._levels[1:]]
         return staleness.is_gone(self._levels[0].descriptor, way, self._levels[-1].handle)
 
-    def enter(self, name: bytes, descriptor: int, handle: bytes | None = None) -> None:
-        """Go down into the subdirectory that the caller has opened; the descriptor is the walk's from now on.
-
-        On NFS its `system_calls.file_handle` tells it from another directory that takes its place, if it is removed meanwhile.
-        """
-        self._levels.append(Level(name, descriptor, handle))
+    def enter(self, name: bytes, descriptor: int) -> None:
+        """Go down into the subdirectory that the caller has opened; the descriptor is the walk's from now on."""
+        self._levels.append(Level(name, descriptor, file_handle(descriptor) if self._may_go_stale else None))
         hidden = len(self._levels) - 1 - _OPEN_LEVELS
         # It may be closed already: the walk has come up from further down, and goes down once more.
         if hidden > 0 and self._levels[hidden].descriptor >= 0:

@@ -10,11 +10,12 @@ import os
 import shutil
 import stat
 import threading
+import time
 
 import pytest
 from test_copies import MIB, copy, differences, manifest
 
-from csi_driver.linux import copies, staleness, system_calls
+from csi_driver.linux import copies, staleness, system_calls, tree_digests, trees, walk
 
 NFS = 0x6969
 
@@ -83,7 +84,7 @@ def server(monkeypatch):
 
     monkeypatch.setattr(system_calls, "_statx", stale_statx)
     monkeypatch.setattr(system_calls, "_syscall", stale_openat2)
-    monkeypatch.setattr(copies, "filesystem_type", lambda _: NFS)
+    monkeypatch.setattr(walk, "filesystem_type", lambda _: NFS)
     return server
 
 
@@ -247,6 +248,26 @@ def test_a_file_of_whose_making_nothing_is_known_is_carried_or_fails_the_copy(se
     else:
         assert differences(described(target), described(source)) == set()
     assert lost
+
+
+def test_whoever_reads_a_tree_takes_what_is_gone_for_nothing_and_what_is_forgotten_for_no_answer(server, source):
+    top = os.open(source, os.O_RDONLY | os.O_DIRECTORY)
+    for anew in (False, True):
+        with walk.Walk(top) as standing:
+            standing.enter(b"directory", os.open(source / "directory", os.O_RDONLY | os.O_DIRECTORY))
+            shutil.rmtree(source / "directory")
+            if anew:
+                (source / "directory").mkdir()
+            assert list(standing.entries()) == []
+        (source / "directory").mkdir(exist_ok=True)
+    (source / "directory" / "file").touch()
+    assert trees.measure_tree(top, deadline=time.monotonic() + 60).complete
+    server.forget(source / "directory")
+    assert not trees.measure_tree(top, deadline=time.monotonic() + 60).complete
+    with pytest.raises(OSError) as caught:
+        tree_digests.digest_tree(top, lambda _: None, copies.Progress(), lambda: False)
+    assert caught.value.errno == errno.ESTALE
+    os.close(top)
 
 
 def test_a_directory_is_gone_or_not_whatever_happens_on_the_way_to_it(server, tmp_path):
