@@ -3,7 +3,7 @@
 The ladder, from the top: *reflink* (FICLONE, shares the extents: XFS, btrfs, NFS 4.2), *copy_file_range* (in the server for NFS 4.2,
 in the kernel elsewhere), *copy* (read and write). A rung that the filesystems do not have is given up for the rest of the copy; one
 that only this file refuses (a btrfs file without copy-on-write, a swap file) is skipped for this file. Holes stay holes on
-every rung. A file that grows meanwhile is copied up to the size it had when it was opened: its owner cannot keep us busy forever.
+every rung. Where a file has holes and nobody tells where (NFS before 4.2), it is read, and what holds only zeros is not written. A file that grows meanwhile is copied up to the size it had when it was opened: its owner cannot keep us busy forever.
 """
 
 import errno
@@ -11,9 +11,10 @@ import fcntl
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Literal
 
-from csi_driver.linux.holes import data_extents
+from csi_driver.linux.holes import data_extents, data_runs
 from csi_driver.linux.walk import WalkStopped
 from csi_driver.linux.writeback import STEP_BYTES, SteadyWriteback
 
@@ -25,6 +26,17 @@ _BUFFER_BYTES = 1024 * 1024
 _SMALL_BYTES = 64 * 1024
 _NOT_HERE = frozenset({errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY})
 _NOT_THIS_FILE = frozenset({errno.EINVAL, errno.EPERM, errno.ETXTBSY, errno.EBADF})
+
+
+class HolesUntold(Exception):
+    """A file has holes, its filesystem does not tell where, and it is larger than the filesystem that is to hold the copy."""
+
+    def __init__(self, size: int, allocated: int, room: int) -> None:
+        """All in bytes; `room` is the size of the target's filesystem."""
+        super().__init__(
+            f"it is {size} bytes long, of which {allocated} are on disk, and its filesystem does not tell where (NFS before 4.2); to read "
+            f"more than the {room} bytes that the target's filesystem has takes too long"
+        )
 
 
 class ContentLadder:
@@ -41,7 +53,7 @@ class ContentLadder:
         """Copy the content into the empty file `target`.
 
         `size` and `allocated` (bytes) are what fstat said of the source when it was opened; `carried` hears of the data bytes, bit
-        by bit (holes do not count). Raises OSError (EIO, ENOSPC, EDQUOT …) and WalkStopped.
+        by bit (holes do not count). Raises OSError (EIO, ENOSPC, EDQUOT …), HolesUntold and WalkStopped.
         """
         if size == 0:
             return
@@ -52,7 +64,15 @@ class ContentLadder:
         reached = 0
         method: Method | None = None
         writeback = SteadyWriteback(target)
-        for start, end in self._extents(source, size, allocated):
+        extents = self._extents(source, size, allocated)
+        if allocated < size:  # there are holes, or the content lies elsewhere than in blocks
+            told = iter(extents)
+            first = next(told, None)
+            if first == (0, size):
+                self._carry_all_but_zeros(source, target, size, allocated, carried, writeback)
+                return
+            extents = chain([first] if first else [], told)
+        for start, end in extents:
             reached, method = self._carry_extent(source, target, start, end, carried, writeback)
             if reached < end:  # somebody made it shorter meanwhile: what is gone is not there
                 size = reached
@@ -115,12 +135,44 @@ class ContentLadder:
             carried(count)
         return position, method
 
+    def _carry_all_but_zeros(
+        self, source: int, target: int, size: int, allocated: int, carried: Callable[[int], None], writeback: SteadyWriteback
+    ) -> None:
+        """Copy the content where nobody tells what of it is holes."""
+        room = os.fstatvfs(target)
+        if size > room.f_blocks * room.f_frsize:
+            raise HolesUntold(size, allocated, room.f_blocks * room.f_frsize)
+        os.posix_fadvise(source, 0, size, os.POSIX_FADV_SEQUENTIAL)
+        position = 0
+        while position < size:
+            if self._should_stop():
+                raise WalkStopped("the copy was stopped")
+            piece = self._read(source, position, size)
+            if not piece:
+                break
+            for start, end in data_runs(piece):
+                _write(target, piece[start:end], position + start)
+                carried(end - start)
+            position += len(piece)
+            writeback.written(position)
+        writeback.finished(position)
+        os.ftruncate(target, position)
+        self.used["copy"] += 1
+
     def _read_and_write(self, source: int, target: int, position: int, end: int) -> int:
+        piece = self._read(source, position, end)
+        _write(target, piece, position)
+        return len(piece)
+
+    def _read(self, source: int, position: int, end: int) -> memoryview:
+        """Read on, into the one buffer; empty at the end of the file."""
         if self._space is None:
             self._space = memoryview(bytearray(_BUFFER_BYTES))
         piece = self._space[: min(end - position, _BUFFER_BYTES)]
-        count = os.preadv(source, [piece], position)
-        written = 0
-        while written < count:
-            written += os.pwrite(target, piece[written:count], position + written)
-        return count
+        return piece[: os.preadv(source, [piece], position)]
+
+
+def _write(target: int, piece: memoryview, position: int) -> None:
+    written = 0
+    while written < len(piece):
+        written += os.pwrite(target, piece[written:], position + written)

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from csi_driver.linux import beneath
-from csi_driver.linux.carriers import Carrier, Folder, Shared
+from csi_driver.linux.carriers import Carrier, Shared
 from csi_driver.linux.contents import METHODS, Method
 from csi_driver.linux.crews import Crew
+from csi_driver.linux.folders import Folder
 from csi_driver.linux.hard_links import HardLinks, Place
 from csi_driver.linux.private_views import private_view
 from csi_driver.linux.walk import Walk, WalkStopped
@@ -58,7 +59,8 @@ class CopyReport:
 
     `bytes` counts data, not holes. `method` is "none" when there was no content. `not_carried` counts by kind: owner, mode, acl,
     "xattr user" (trusted, security, …), times, "inode flags", "hard link" (copied as a file of its own), device, socket, fifo,
-    symlink, "mount point" (an entry left out), "vanished" (an entry that went away while it was looked at).
+    symlink, "mount point" (an entry left out), "vanished" (an entry that went away while it was looked at; of a directory what was
+    copied until then stays).
     """
 
     files: int
@@ -85,7 +87,7 @@ def copy_tree(
     default a minute. Nothing is synced: `system_calls.sync_filesystem(target_fd)` does it at once for all.
     Raises WalkStopped; OSError for what is no matter of the target's abilities (EIO, ENOSPC, EDQUOT, EACCES; EAGAIN where leases
     outlast the patience; ENOTEMPTY for a target that is not empty; ESTALE when a directory more than 64 levels deep was moved away
-    meanwhile). The target is then a torso.
+    meanwhile, or a server does not know what it still has); FailedPrecondition and Unavailable (carriers.py). The target is then a torso.
     """
     copy = _Copy(progress or Progress(), methods, should_stop or (lambda: False), workers, patience or beneath.Patience())
     with private_view(source_fd) as (source, openable), beneath.opened_again(target_fd) as target:
@@ -116,8 +118,9 @@ class _Copy:
             threading.Lock(),
             self._methods,
             self._should_stop,
+            self._patience,
+            source_fd,
             openable=openable,
-            patience=self._patience,
         )
         carrier = self._carrier(shared)
         with Walk(source_fd) as source, Walk(target_fd) as target:
@@ -154,6 +157,7 @@ class _Copy:
                 inside = carrier.carry(folder, name, kind, enter=True)
                 if inside is not None:
                     source.enter(name, inside.source)
+                    inside.handle = source.handle
                     target.enter(name, inside.target)
                     entered.append(inside)
                     break

@@ -10,12 +10,10 @@ import os
 import struct
 from collections.abc import Callable
 
-from csi_driver.linux.holes import data_extents
+from csi_driver.linux.holes import BLOCK_BYTES, data_extents, data_runs
 from csi_driver.linux.walk import WalkStopped
 
-BLOCK_BYTES = 4096
 PIECE_BYTES = 1024 * 1024
-_ZEROS = bytes(BLOCK_BYTES)
 _RUN = struct.Struct("<QQ")
 
 
@@ -29,13 +27,8 @@ class ContentDigest:
 
     def add(self, position: int, piece: bytes | memoryview) -> None:
         """Take what the file holds from `position` (bytes) on; what is skipped counts as zeros."""
-        if bytes(piece).find(_ZEROS) < 0 and piece[-1] != 0:
-            self._take(position, piece)
-            return
-        for begin in range(0, len(piece), BLOCK_BYTES):
-            block = bytes(piece[begin : begin + BLOCK_BYTES])
-            if block.strip(b"\0"):
-                self._take(position + begin, block)
+        for start, end in data_runs(piece):
+            self._take(position + start, piece[start:end])
 
     def _take(self, position: int, data: bytes | memoryview) -> None:
         if position != self._end:

@@ -93,6 +93,15 @@ class InodeFidelity:
         self._carry_attributes(source, target, {}, (0, 0, 0))
         self._carry_times(target, status)
 
+    def carry_remembered(self, target: int, status: os.stat_result) -> None:
+        """Give the copy of a directory that is gone its owner and times, and of its mode what is the owner's.
+
+        With an ACL the rest would mean something else (acl(5)), and nobody can say any more whether there was one.
+        """
+        owners = os.stat_result((status.st_mode & ~0o7077, *status[1:]))
+        self._carry_owner_and_mode(target, owners, os.fstat(target))
+        self._carry_times(target, status)
+
     def carry_to_new_file(
         self, source: int, target: int, status: os.stat_result, made: os.stat_result | None, births: Births
     ) -> None:

@@ -28,13 +28,17 @@ class Place:
     name: bytes
     parent: Optional["Place"]
 
-    def path_of(self, name: bytes) -> str:
-        """Say where in the copy `name` lies, for people."""
-        names, place = [name], self
+    def way(self) -> list[bytes]:
+        """Name the directories from the top, which is not among them, down to this one."""
+        names, place = [], self
         while place.parent is not None:
             names.append(place.name)
             place = place.parent
-        return os.fsdecode(b"/".join(reversed(names)))
+        return names[::-1]
+
+    def path_of(self, name: bytes) -> str:
+        """Say where in the copy `name` lies, for people."""
+        return os.fsdecode(b"/".join([*self.way(), name]))
 
 
 @dataclass(slots=True)
@@ -117,10 +121,7 @@ class HardLinks:
             os.close(pinned)
 
     def _find(self, place: Place, name: bytes) -> int:
-        names = [name]
-        while place.parent is not None:
-            names.append(place.name)
-            place = place.parent
+        names = [*place.way(), name][::-1]
         found = os.dup(self._top_fd)
         path = b""
         while names:

@@ -1,5 +1,5 @@
-"""The system calls that Python does not offer, by ctypes: openat2, getdents64, statx, syncfs, fstatfs, sync_file_range and
-ioprio_set.
+"""The system calls that Python does not offer, by ctypes: openat2, getdents64, statx, name_to_handle_at, syncfs, fstatfs,
+sync_file_range and ioprio_set.
 
 Python's `os` follows whatever the tree holds below a descriptor (symlinks in the middle of a path, mounts), reads a directory
 only from its start, and hides the mount id. Walking a tree that its owner changes meanwhile needs all three. Every call here
@@ -7,6 +7,7 @@ releases the interpreter lock, sets O_CLOEXEC, and raises OSError with the kerne
 """
 
 import ctypes
+import errno
 import os
 import struct
 from typing import NamedTuple
@@ -19,6 +20,8 @@ RESOLVE_BENEATH = 0x08
 _AT_EMPTY_PATH = 0x1000
 _AT_SYMLINK_NOFOLLOW = 0x100
 _AT_NO_AUTOMOUNT = 0x800
+_AT_STATX_FORCE_SYNC = 0x2000
+_STATX_BASIC = 0x7FF  # NFS asks its server for none of the immutable ones alone
 _STATX_BASIC_BTIME_MNT_ID = 0x7FF | 0x800 | 0x1000
 STATX_MNT_ID = 0x1000
 
@@ -35,7 +38,9 @@ _getdents64.restype = ctypes.c_ssize_t
 _statx = _libc.statx
 _statx.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p]
 _statx.restype = ctypes.c_int
-
+_name_to_handle_at = _libc.name_to_handle_at
+_name_to_handle_at.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+_name_to_handle_at.restype = ctypes.c_int
 _sync_file_range = _libc.sync_file_range
 _sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 _sync_file_range.restype = ctypes.c_int
@@ -131,6 +136,36 @@ class InodeReader:
             raise _failure(name)
         mask, links, mode, inode, blocks, born, born_ns, major, minor, mount = self._LAYOUT.unpack_from(self._buffer)
         return InodeStatus(links, mode, inode, blocks, (born, born_ns), (major, minor), mount if mask & STATX_MNT_ID else 0)
+
+
+def require_current(descriptor: int) -> None:
+    """Have the server itself say that a directory is still there, whatever is remembered of it (statx(2), AT_STATX_FORCE_SYNC).
+
+    Raises OSError, ESTALE where it is not, or has no name any more: then it will be stale soon.
+    """
+    buffer = ctypes.create_string_buffer(256)
+    if _statx(descriptor, b"", _AT_EMPTY_PATH | _AT_NO_AUTOMOUNT | _AT_STATX_FORCE_SYNC, _STATX_BASIC, buffer) < 0:
+        raise _failure()
+    if not struct.unpack_from("=I", buffer, 16)[0]:  # stx_nlink
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+_HANDLE = struct.Struct("=Ii")  # struct file_handle
+_HANDLE_BYTES = 128  # MAX_HANDLE_SZ
+
+
+def file_handle(descriptor: int) -> bytes | None:
+    """Return what the filesystem names the inode by, which no other one gets, also where a number is used again (open_by_handle_at(2)).
+
+    None where it has no such names.
+    """
+    buffer = ctypes.create_string_buffer(_HANDLE.size + _HANDLE_BYTES)
+    _HANDLE.pack_into(buffer, 0, _HANDLE_BYTES, 0)
+    mount = ctypes.c_int()
+    if _name_to_handle_at(descriptor, b"", buffer, ctypes.byref(mount), _AT_EMPTY_PATH) < 0:
+        return None
+    length, kind = _HANDLE.unpack_from(buffer)
+    return struct.pack("=i", kind) + buffer.raw[_HANDLE.size : _HANDLE.size + length]
 
 
 def sync_filesystem(descriptor: int) -> None:

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from csi_driver.errors import OperationPending
-from csi_driver.linux import beneath
-from csi_driver.linux.system_calls import DirectoryEntry, DirectoryReader
+from csi_driver.linux import beneath, staleness
+from csi_driver.linux.system_calls import DirectoryEntry, DirectoryReader, file_handle, filesystem_type
 
 _OPEN_LEVELS = 64
+_NFS_MAGIC = 0x6969
 
 
 class WalkStopped(OperationPending):
@@ -30,6 +31,7 @@ class Level:
 
     name: bytes
     descriptor: int
+    handle: bytes | None = None
     identity: tuple[int, int] = (0, 0)
     position: int = 0
     pending: list[DirectoryEntry] = field(default_factory=list)
@@ -42,12 +44,18 @@ class Walk:
         """Start at the directory; its read offset is ours until the walk ends."""
         self._levels = [Level(b"", top_fd)]
         self._reader = DirectoryReader()
+        self._may_go_stale = filesystem_type(top_fd) == _NFS_MAGIC
         os.lseek(top_fd, 0, os.SEEK_SET)
 
     @property
     def descriptor(self) -> int:
         """The current directory."""
         return self._levels[-1].descriptor
+
+    @property
+    def handle(self) -> bytes | None:
+        """What tells the current directory from another that takes its place (`staleness.is_gone`); on NFS only, never of the top."""
+        return self._levels[-1].handle
 
     @property
     def depth(self) -> int:
@@ -59,7 +67,10 @@ class Walk:
         return b"/".join([*(level.name for level in self._levels[1:]), name])
 
     def entries(self) -> Iterator[DirectoryEntry]:
-        """Yield the current directory's entries that were not yielded yet. Begin anew after each `enter` and `leave`."""
+        """Yield the current directory's entries that were not yielded yet. Begin anew after each `enter` and `leave`.
+
+        One that was removed meanwhile has none. Raises OSError; ESTALE where a server knows a directory no more that was not removed.
+        """
         level = self._levels[-1]
         while True:
             if not level.pending:
@@ -75,13 +86,17 @@ class Walk:
             return self._reader.read(descriptor)
         except OSError as error:
             # Somebody removed the directory while we stood in it: it holds nothing any more. The top is the caller's concern.
-            if self.depth and error.errno in {errno.ENOENT, errno.ESTALE}:
+            if self.depth and (error.errno == errno.ENOENT or (error.errno == errno.ESTALE and self._is_gone())):
                 return []
             raise
 
+    def _is_gone(self) -> bool:
+        way = [level.name for level in self._levels[1:]]
+        return staleness.is_gone(self._levels[0].descriptor, way, self._levels[-1].handle)
+
     def enter(self, name: bytes, descriptor: int) -> None:
         """Go down into the subdirectory that the caller has opened; the descriptor is the walk's from now on."""
-        self._levels.append(Level(name, descriptor))
+        self._levels.append(Level(name, descriptor, file_handle(descriptor) if self._may_go_stale else None))
         hidden = len(self._levels) - 1 - _OPEN_LEVELS
         # It may be closed already: the walk has come up from further down, and goes down once more.
         if hidden > 0 and self._levels[hidden].descriptor >= 0:

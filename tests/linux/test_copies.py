@@ -21,8 +21,9 @@ import pytest
 
 from csi_driver.errors import FailedPrecondition
 from csi_driver.linux import beneath, copies, inode_flags, tree_removal, trees
-from csi_driver.linux.carriers import Carrier, Folder, Shared
+from csi_driver.linux.carriers import Carrier, Shared
 from csi_driver.linux.contents import METHODS
+from csi_driver.linux.folders import Folder
 from csi_driver.linux.hard_links import HardLinks, Place
 from csi_driver.linux.walk import WalkStopped
 
@@ -341,6 +342,7 @@ def test_a_name_that_is_taken_in_the_copy_is_left_as_it_is_over_a_network_too(no
         METHODS,
         lambda: False,
         beneath.Patience(),
+        ends[0],
         over_network=True,
         openable=True,
     )
@@ -364,7 +366,7 @@ def test_a_device_in_place_of_a_file_is_opened_on_no_mount(mount_room, nodev_roo
                 beneath.open_file(ends[0], b"name")
         links = HardLinks(ends[1])
         shared = Shared(
-            copies.Progress(), links, threading.Lock(), METHODS, lambda: False, beneath.Patience(), openable=openable
+            copies.Progress(), links, threading.Lock(), METHODS, lambda: False, beneath.Patience(), ends[0], openable=openable
         )
         Carrier(shared).carry(Folder(*ends, os.fstat(ends[0]), Place(b"", None)), b"name", 8, enter=False)
         assert stat.S_ISCHR((room / "target" / "name").stat().st_mode)
@@ -685,6 +687,89 @@ def test_the_top_stays_movable_when_the_source_is_immutable(plain_room):
     (plain_room / "target").rename(plain_room / "moved")
 
 
+# --- holes that nobody tells of ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def untold_holes(monkeypatch):
+    """What NFS before 4.2 answers to SEEK_DATA and SEEK_HOLE: all is data, up to the end."""
+    seek = os.lseek
+
+    def tell_nothing(descriptor, position, how):
+        if how == os.SEEK_DATA:
+            return position
+        return os.fstat(descriptor).st_size if how == os.SEEK_HOLE else seek(descriptor, position, how)
+
+    monkeypatch.setattr(os, "lseek", tell_nothing)
+
+
+SPARSE = {
+    "both ends": {0: 10_000, 32 * MIB - 3: 5000, 64 * MIB - 5000: 5000},
+    "the middle": {20 * MIB + 1: 4096},
+    "a beginning": {0: 1},
+    "nothing": {},
+    "a whole piece": {5 * MIB: MIB},
+}
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_holes_that_nobody_tells_of_stay_holes(plain_room, untold_holes, workers):
+    size = 64 * MIB
+    (plain_room / "source").mkdir()
+    for name, places in SPARSE.items():
+        with (plain_room / "source" / name).open("wb") as file:
+            for start, length in places.items():
+                file.seek(start)
+                file.write(os.urandom(length))
+            file.truncate(size)
+    report = copy(plain_room / "source", plain_room / "target", methods=("copy_file_range",), workers=workers)
+    assert report.method == "copy"
+    allowed = sum(length + 2 * 4096 for places in SPARSE.values() for length in places.values())
+    assert report.bytes <= allowed
+    for name in SPARSE:
+        ends = [(plain_room / where / name) for where in ("source", "target")]
+        assert ends[1].stat().st_size == size
+        assert ends[1].stat().st_blocks <= ends[0].stat().st_blocks
+        assert ends[0].read_bytes() == ends[1].read_bytes()
+
+
+def test_reading_zeros_stops_when_it_shall(plain_room, untold_holes):
+    (plain_room / "source").mkdir()
+    with (plain_room / "source" / "hole").open("wb") as file:
+        file.truncate(64 * MIB)
+    asked = []
+    with pytest.raises(WalkStopped):
+        copy(plain_room / "source", plain_room / "target", should_stop=lambda: asked.append(1) or len(asked) > 10)
+    assert len(asked) == 11
+
+
+def test_a_file_with_untold_holes_that_shrinks_is_copied_as_far_as_it_goes(plain_room, untold_holes):
+    (plain_room / "source").mkdir()
+    hole = plain_room / "source" / "hole"
+    with hole.open("wb") as file:
+        file.truncate(64 * MIB)
+    asked = []
+    copy(
+        plain_room / "source",
+        plain_room / "target",
+        should_stop=lambda: asked.append(1) or (len(asked) == 10 and os.truncate(hole, 30 * MIB + 5)),
+    )
+    assert (plain_room / "target" / "hole").stat().st_size == 30 * MIB + 5
+
+
+@pytest.mark.root
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_file_of_untold_holes_larger_than_the_disk_is_refused_by_name(mount_room, untold_holes, workers):
+    room = os.statvfs(mount_room)
+    size = room.f_blocks * room.f_frsize + 1
+    (mount_room / "source" / "below").mkdir(parents=True)
+    with (mount_room / "source" / "below" / "absurd").open("wb") as file:
+        file.truncate(size)
+    with pytest.raises(FailedPrecondition, match=rf"'below/absurd'.* {size} bytes .*4\.2"):
+        copy(mount_room / "source", mount_room / "target", workers=workers)
+
+
 # --- size --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -725,6 +810,45 @@ def test_a_tree_deeper_than_any_path_is_copied_with_its_hard_links(plain_room):
         os.close(descriptor)
     assert usages[0] == usages[1]
     assert (plain_room / "target" / "first").stat().st_nlink == 1 + depth // 500
+
+
+# In a process of its own, that has nothing else open.
+BY_A_CREW = """
+import os, resource, sys
+from csi_driver.linux import copies
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[3]),) * 2)
+source, target = (os.open(path, os.O_RDONLY | os.O_DIRECTORY) for path in sys.argv[1:3])
+report = copies.copy_tree(source, target, workers=16)
+print(report.files, report.directories, report.not_carried, len(os.listdir("/proc/self/fd")))
+"""
+
+
+@pytest.mark.parametrize(("files", "limit"), [(6, 256), (1, 400)])
+def test_a_crew_needs_no_more_descriptors_in_a_deep_tree(plain_room, files, limit):
+    """Most of all where each waiting file lies in another directory: two for each of 80."""
+    (plain_room / "source").mkdir()
+    (plain_room / "target").mkdir()
+    here = open_directory(plain_room / "source")
+    depth = 600
+    for level in range(depth):
+        for number in range(files):
+            # Whether a name is read before its neighbour "next" follows from the name.
+            file = os.open(f"file-{level}-{number}", os.O_WRONLY | os.O_CREAT, 0o600, dir_fd=here)
+            os.write(file, b"content")
+            os.close(file)
+        os.mkdir("next", dir_fd=here)
+        below = os.open("next", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+    done = subprocess.run(
+        [sys.executable, "-c", BY_A_CREW, plain_room / "source", plain_room / "target", str(limit)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # Of its own it has the standard three, both tops, and the one that lists them.
+    assert done.stdout == f"{files * depth} {depth + 1} {{}} 6\n", done.stderr
 
 
 @pytest.mark.minutes

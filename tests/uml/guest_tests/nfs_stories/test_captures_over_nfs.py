@@ -6,13 +6,16 @@ import json
 import os
 import pathlib
 import stat
+import subprocess
+import sys
 import threading
 import time
 
 import grpc
 import pytest
-from driver_in_guest import shell
+from driver_in_guest import refused, shell
 
+from csi_driver.linux.digests import digest_file
 from csi_driver.rpc import csi_pb2 as csi
 
 
@@ -168,3 +171,105 @@ def ask(driver, request) -> None:
     """Ask once; the answer does not come."""
     with contextlib.suppress(grpc.RpcError, ValueError):  # ValueError: the channel was closed meanwhile
         driver.call("CreateSnapshot", request, 30)
+
+
+# Makes and removes directories and files for as long as it lives. What is complete has the digest of its content for a name.
+CHURN = """
+import hashlib, os, shutil, sys
+top = sys.argv[1]
+print("begun", flush=True)
+while True:
+    for number in range(8):
+        below = f"{top}/churn-{number}/below"
+        os.makedirs(below)
+        for file in range(6):
+            content = os.urandom(100_000)
+            with open(f"{below}/new", "wb") as new:
+                new.write(content)
+            os.rename(f"{below}/new", f"{below}/{hashlib.sha256(content).hexdigest()}")
+    for number in range(8):
+        shutil.rmtree(f"{top}/churn-{number}")
+"""
+
+
+@pytest.mark.parametrize("pool", ["default", "v41", "v3"])
+def test_a_pod_that_makes_and_removes_directories_meanwhile_fails_no_capture_and_halves_no_file(cluster, story_server, pool):
+    origin = cluster.create(f"churned-{pool}", pool=pool)
+    top = mounted(cluster, origin)
+    fill(top, xattrs=False)
+    expected = described(top, xattrs=False)
+    busy = cluster.use(origin, 1)
+    target = cluster.mount(busy)
+    pod = busy.driver.node.popen([sys.executable, "-c", CHURN, str(target)], stdout=subprocess.PIPE, text=True)
+    assert pod.stdout.readline() == "begun\n"
+    control = story_server.tree(f"/srv/xfs/{pool}/.csi")
+    vanished = captures = 0
+    until = time.monotonic() + 60
+    while captures < 5 or (not vanished and time.monotonic() < until):
+        captures += 1
+        snapshot = cut_at_one_go(cluster, f"churned-{pool}-{captures}", origin)
+        short = snapshot.rpartition(".")[2]
+        record = json.loads((control / "snapshots" / f"{short}.json").read_text())
+        assert set(record["capture"]["not_carried"]) <= {"vanished"}
+        vanished += record["capture"]["not_carried"].get("vanished", 0)
+        place = control / "snapshots-data" / short
+        found = described(place, xattrs=False)
+        assert {name: entry for name, entry in found.items() if not name.startswith("churn-")} == expected
+        for name in found:
+            if len(pathlib.Path(name).name) == 64:
+                assert hashlib.sha256((place / name).read_bytes()).hexdigest() == pathlib.Path(name).name
+        cluster.controller.insist("DeleteSnapshot", csi.DeleteSnapshotRequest(snapshot_id=snapshot))
+    assert pod.poll() is None
+    pod.kill()
+    pod.wait(10)
+    pod.stdout.close()
+    assert vanished, f"nothing was removed in the midst of {captures} captures"
+    cluster.unmount(busy)
+    cluster.unmount(cluster.use(origin))
+    cluster.delete(origin)
+
+
+def cut_at_one_go(cluster, name: str, origin) -> str:
+    """Make a snapshot, and stand no failure that may pass: only "still at it"."""
+    request = csi.CreateSnapshotRequest(name=name, source_volume_id=origin.handle)
+    until = time.monotonic() + 120
+    while True:
+        try:
+            return cluster.controller.call("CreateSnapshot", request).snapshot.snapshot_id
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.ABORTED or time.monotonic() > until:
+                raise
+        time.sleep(0.2)
+
+
+# Below 4.2 the protocol does not say where holes are.
+@pytest.mark.parametrize("pool", ["default", "v41", "v3"])
+def test_a_large_file_with_little_in_it_stays_sparse_and_is_equal(cluster, story_server, pool):
+    origin = cluster.create(f"sparse-{pool}", pool=pool)
+    top = mounted(cluster, origin)
+    with (top / "sparse").open("wb") as file:
+        file.write(os.urandom(10_000))
+        file.seek(512 << 20)
+        file.write(os.urandom(3))
+        file.truncate(1 << 30)
+        file.seek((1 << 30) - 5000)
+        file.write(os.urandom(5000))
+    shell(cluster.nodes[0], f"sync -f {cluster.use(origin).target}")
+    snapshot = cluster.snapshot(f"sparse-{pool}", origin)
+    data = story_server.tree(f"/srv/xfs/{pool}")
+    copy = data / ".csi/snapshots-data" / snapshot.rpartition(".")[2] / "sparse"
+    assert copy.stat().st_blocks * 512 < 1 << 20
+    digests = []
+    for path in (data / cluster.attach(cluster.use(origin))["directory"] / "sparse", copy):
+        with path.open("rb") as file:
+            digests.append(digest_file(file.fileno(), lambda: False, lambda _: None))
+    assert digests[0] == digests[1]
+    cluster.controller.insist("DeleteSnapshot", csi.DeleteSnapshotRequest(snapshot_id=snapshot))
+    if pool != "default":
+        shell(cluster.nodes[0], f"truncate -s 100T {cluster.use(origin).target}/absurd")
+        with refused("FAILED_PRECONDITION", "absurd"):
+            request = csi.CreateSnapshotRequest(name=f"absurd-{pool}", source_volume_id=origin.handle)
+            cluster.controller.insist("CreateSnapshot", request)
+        assert not list((data / ".csi/staging").iterdir())
+    cluster.unmount(cluster.use(origin))
+    cluster.delete(origin)
