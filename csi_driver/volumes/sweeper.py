@@ -48,7 +48,7 @@ class Sweeper:
         self._orphans = orphans
         self._stop = threading.Event()
         self._leftovers = Leftovers(locks, volumes, snapshots, groups, lapses, self._stop.is_set)
-        self._reaper = Reaper(locks, self._stop.is_set)
+        self._reaper = Reaper(self._stop.is_set)
         self._rounds: list[Rounds] = []
         self._suspects: dict[str, set[str]] = {}  # by pool, and so each thread's own
 

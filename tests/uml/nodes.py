@@ -209,7 +209,7 @@ class Node:
         if not places:
             return
         child = self.popen([sys.executable, "-c", DETACH, *map(os.fspath, targets)])
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 90
         while child.poll() is None and places & {target for target, _ in self.mounts()} and time.monotonic() < deadline:
             time.sleep(0.02)
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -14,7 +14,6 @@ from trees import fill, seen
 from csi_driver.config import HostPathPool
 from csi_driver.errors import OperationPending
 from csi_driver.linux.files import OPEN
-from csi_driver.volumes import reaper
 from csi_driver.volumes.handles import SNAPSHOT, VOLUME
 from csi_driver.volumes.leftovers import ABANDONED_SECONDS
 from csi_driver.volumes.model import Phase
@@ -181,29 +180,6 @@ def test_a_record_stays_in_the_trash_until_its_data_is_there_too(bench):
     assert moved
     bench.sweep()
     assert bench.leftovers(*(volume.record.directory for volume in bench.volumes.list(Page())[0])) == []
-
-
-def test_what_one_controller_removes_from_the_trash_no_other_one_touches(bench, monkeypatch):
-    for name in ("v", "w"):
-        bench.volumes.delete(bench.create(name).record.handle)
-    first = iter([True])
-    slow = Slow(monkeypatch, reaper, "remove_tree", bench.sweep, lambda *_: next(first, False))
-    other = bench.restarted().sweep()
-    assert (other.trash, other.failed) == (1, 0)
-    assert len(os.listdir(bench.pool().backend.root() / ".csi/trash")) == 1
-    report = slow.go_on()
-    assert (report.trash, report.failed) == (1, 0)
-    assert bench.leftovers() == []
-
-
-def test_what_another_controller_has_removed_from_the_trash_meanwhile_is_not_counted_again(bench, monkeypatch):
-    bench.volumes.delete(bench.create("v").record.handle)
-    slow = Slow(
-        monkeypatch, bench.domain.services.snapshots._locks, "hold", bench.sweep, lambda _store, key: key.startswith("trash:")
-    )
-    assert bench.restarted().sweep().trash == 1
-    report = slow.go_on()
-    assert (report.trash, report.failed) == (0, 0)
 
 
 def test_trash_that_a_kill_left_half_removed_is_removed(bench):
