@@ -3,7 +3,8 @@
 The ladder, from the top: *reflink* (FICLONE, shares the extents: XFS, btrfs, NFS 4.2), *copy_file_range* (in the server for NFS 4.2,
 in the kernel elsewhere), *copy* (read and write). A rung that the filesystems do not have is given up for the rest of the copy; one
 that only this file refuses (a btrfs file without copy-on-write, a swap file) is skipped for this file. Holes stay holes on
-every rung. Where a file has holes and nobody tells where (NFS before 4.2), it is read, and what holds only zeros is not written. A file that grows meanwhile is copied up to the size it had when it was opened: its owner cannot keep us busy forever.
+every rung. Where a file has holes and nobody tells where (NFS before 4.2), it is read, and what holds only zeros is not written. A
+file that grows meanwhile is copied up to the size it had when it was opened: its owner cannot keep us busy forever.
 """
 
 import errno

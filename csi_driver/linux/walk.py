@@ -64,7 +64,7 @@ class Walk:
 
     def path_of(self, name: bytes) -> bytes:
         """Say where the current directory's entry `name` lies, for people: from the top down, of any length."""
-        return b"/".join([*(level.name for level in self._levels[1:]), name])
+        return b"/".join([*self._way(), name])
 
     def entries(self) -> Iterator[DirectoryEntry]:
         """Yield the current directory's entries that were not yielded yet. Begin anew after each `enter` and `leave`.
@@ -91,8 +91,10 @@ class Walk:
             raise
 
     def _is_gone(self) -> bool:
-        way = [level.name for level in self._levels[1:]]
-        return staleness.is_gone(self._levels[0].descriptor, way, self._levels[-1].handle)
+        return staleness.is_gone(self._levels[0].descriptor, self._way(), self._levels[-1].handle)
+
+    def _way(self) -> list[bytes]:
+        return [level.name for level in self._levels[1:]]
 
     def enter(self, name: bytes, descriptor: int) -> None:
         """Go down into the subdirectory that the caller has opened; the descriptor is the walk's from now on."""

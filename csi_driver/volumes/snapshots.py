@@ -107,7 +107,7 @@ class Snapshots:
             elif record.phase is Phase.CREATING:
                 # Also one that is cut: who cut it may still read it for its digests.
                 with may_be_left(f"snapshot {record.handle}"):
-                    record = self.take_over(store, record)
+                    record = self._fence.take_over(store, store.snapshots, record)
             if record.phase is Phase.CREATING:
                 return show(store, self._complete(store, record, job, digests=request.digests))
             with may_be_left(f"snapshot {record.handle}"):
@@ -167,10 +167,6 @@ class Snapshots:
         if not added:
             raise AlreadyExists(f"snapshot {quoted(name)} is being made by another controller")
         return record
-
-    def take_over(self, store: PoolStore, record: SnapshotRecord) -> SnapshotRecord:
-        """Go on with a snapshot that was begun before. The caller holds its lock."""
-        return self._fence.take_over(store, store.snapshots, record)
 
     def is_cut(self, store: PoolStore, record: SnapshotRecord) -> bool:
         """Tell whether the content of a snapshot is in its place: it gets there complete or not at all."""

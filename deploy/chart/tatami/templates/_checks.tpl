@@ -97,8 +97,7 @@
 {{/* unix(7): a socket's path has at most 107 bytes. dict "root" $ "kind" "nfs" "driver" its name */}}
 {{- define "tatami.checks.sockets" -}}
 {{- $plugin := printf "%s/csi.sock" (include "tatami.pluginDir" .) -}}
-{{- $registration := printf "%s/plugins_registry/%s-reg.sock" .root.Values.kubeletDir .driver -}}
-{{- range list $plugin $registration -}}
+{{- range list $plugin (include "tatami.registrationSocket" .) -}}
 {{- if gt (len .) 107 }}{{ fail (printf "%s.driverName: %s has %d bytes, and the path of a Unix socket at most 107 (unix(7)): take a shorter name" $.kind . (len .)) }}{{ end -}}
 {{- end -}}
 {{- end -}}

@@ -52,6 +52,11 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{ .root.Values.kubeletDir }}/plugins/{{ .driver }}
 {{- end -}}
 
+{{/* The socket by which the kubelet finds the driver: dict "root" $ "driver" its name */}}
+{{- define "tatami.registrationSocket" -}}
+{{ .root.Values.kubeletDir }}/plugins_registry/{{ .driver }}-reg.sock
+{{- end -}}
+
 {{/* pools.toml. JSON's strings and lists are TOML's, too. dict "backend" "hostpath" "kind" .Values.hostpath */}}
 {{- define "tatami.poolsToml" -}}
 [driver]
